@@ -1,0 +1,291 @@
+"""Hand-derived gradients for sparse token selection: attention, its exact population average, FCN.
+
+NumPy only, and complete: this file works when copied alone. Tags such as (A5) are the equations that
+README.md derives. Every loss is L = (1/2) E ||f - target||^2, factor 1/2 included, and every function
+returns (loss, *grads), the gradients in the order and shape of the parameters.
+"""
+import numpy as np
+
+PIECE = 2**17  # numbers of Z (1 MB) worked on at a time, so that they stay in cache for all four uses
+quiet = np.errstate(over="ignore", invalid="ignore")  # an overflow is raised as an error, not warned of
+
+
+# ---- the door: what each function asks of its arguments -------------------------------------------
+
+def _arrays(spec, *values):
+    """Each value as float64, its shape matched to a spec such as "V:dD Z:BDT E:eT|BeT" (e is d_e)."""
+    sizes, arrays = {}, []
+    for item, value in zip(spec.split(), values):
+        name, shapes = item.split(":")
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            array = np.asarray("ragged")
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"{name} must be an array of real numbers; got {type(value).__name__} of "
+                             f"{'ragged rows' if array.dtype.kind == 'U' else array.dtype}")
+        shapes = shapes.split("|")
+        shape = next((s for s in shapes if len(s) == array.ndim), shapes[0])
+        known = {letter: sizes[letter] for letter in shape if letter in sizes}
+        if len(shape) != array.ndim or 0 in array.shape or any(
+                sizes.setdefault(letter, size) != size for letter, size in zip(shape, array.shape)):
+            spell = lambda letters: "(" + ", ".join("d_e" if x == "e" else x for x in letters) + ")"
+            fixed = "".join(f", {x if x != 'e' else 'd_e'} = {size}" for x, size in known.items())
+            raise ValueError(f"{name} must have shape {' or '.join(map(spell, shapes))}, no size 0{fixed}; "
+                             f"got shape {array.shape}")
+        arrays.append(array.astype(float, copy=False))
+    return arrays if len(arrays) > 1 else arrays[0]
+
+
+def _finite(**arrays):
+    """Refuse NaN and infinities, naming the argument."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            bad = np.asarray(array)[~np.isfinite(array)].flat[0]
+            raise ValueError(f"{name} must be finite; got {bad} among its entries")
+
+
+def _real(**values):
+    """Numbers or arrays of any shape as float64, finite."""
+    out = []
+    for name, value in values.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf" or array.size == 0:
+            raise ValueError(f"{name} must be a real number or an array of them; got {value!r:.60}")
+        _finite(**{name: array})
+        out.append(array.astype(float)[()])
+    return out if len(out) > 1 else out[0]
+
+
+def _sizes(many=False, **sizes):
+    """Refuse sizes that are not integers >= 1 (arrays of them if many), and q > T."""
+    for name, size in sizes.items():
+        array = np.asarray(size)
+        if array.dtype.kind not in "iu" or (array.ndim and not many) or not (array >= 1).all():
+            raise ValueError(f"{name} must be {'integers' if many else 'an integer'} >= 1; got {size!r}")
+    if "q" in sizes and "T" in sizes and np.any(np.asarray(sizes["q"]) > sizes["T"]):
+        raise ValueError(f"q must be at most T = {sizes['T']}; got {sizes['q']}")
+
+
+def _selection(selected):
+    """q, after refusing rows that are not 0 and 1 with the same number q >= 1 of ones."""
+    ones = selected.sum(axis=-1)
+    if not ((selected == 0) | (selected == 1)).all() or ones[0] < 1 or (ones != ones[0]).any():
+        raise ValueError("selected must have rows of 0 and 1 with the same number q >= 1 of ones; "
+                         f"got row sums from {ones.min():g} to {ones.max():g}")
+    return int(ones[0])
+
+
+def _check_results(*results, **inputs):
+    """Where a result is not finite, name the input that is not, or say that float64 overflows."""
+    if not all(np.isfinite(result).all() for result in results):
+        _finite(**inputs)
+        raise OverflowError("the loss or a gradient exceeds float64: parameters or inputs too large")
+
+
+# ---- attention (A) --------------------------------------------------------------------------------
+
+def softmax(scores):
+    """Softmax over the last axis (A2): a_i = e^{s_i} / sum_j e^{s_j}.
+
+    The row's maximum is subtracted first, so that no finite score up to 1e300 in size overflows.
+
+    Parameters: scores : (..., T)
+    Returns: (..., T), rows >= 0 that sum to 1
+    Raises: ValueError : scores empty, a single number, not real or not finite
+    >>> softmax([0.0, 1e300]).tolist()
+    [0.0, 1.0]
+    """
+    scores = np.asarray(scores)
+    if scores.ndim == 0 or scores.size == 0 or scores.dtype.kind not in "biuf":
+        raise ValueError(f"scores must be a real array of at least one entry; got {scores!r:.60}")
+    _finite(scores=scores)
+    weights = scores - scores.max(axis=-1, keepdims=True).astype(float)
+    np.exp(weights, out=weights)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights
+
+
+@quiet
+def attention_loss_and_grads(V, W, Z, z_query, target):
+    """Loss and gradients of one softmax-attention layer f = V Z softmax(Z^T W z_q) (A1)-(A8).
+
+    With r = f - target and L = (1/2) mean ||r||^2 over the batch:
+    grad_V = r (Z a)^T and grad_W = Z grad_s z_q^T, grad_s = a * (g - <a, g>), g = Z^T V^T r.
+
+    Parameters: V : (d, D) value matrix; W : (D, D) merged key-query matrix
+        Z : (B, D, T) tokens, one a column; z_query : (B, D) query tokens; target : (B, d)
+    Returns: loss, grad_V (d, D), grad_W (D, D)
+    Raises: ValueError : shapes that do not fit, entries not real or not finite
+        OverflowError : finite inputs, but a result beyond float64 (so in every function below)
+    References: The model is the paper's; the gradients are derived here.
+    >>> loss, grad_V, grad_W = attention_loss_and_grads([[0.0]], [[0.0]], [[[1.0, 3.0]]], [[1.0]], [[2.0]])
+    >>> loss, grad_V.tolist(), grad_W.tolist()
+    (2.0, [[-4.0]], [[0.0]])
+    """
+    V, W, Z, z_query, target = _arrays("V:dD W:DD Z:BDT z_query:BD target:Bd", V, W, Z, z_query, target)
+    _finite(V=V, W=W)
+    B, D, T = Z.shape
+    loss, grad_V, grad_W = 0.0, np.zeros_like(V), np.zeros_like(W)
+    step = max(1, PIECE // (D * T))
+    for start in range(0, B, step):
+        Z_, z_q, y = (x[start:start + step] for x in (Z, z_query, target))
+        s = ((z_q @ W.T)[:, None, :] @ Z_)[:, 0, :]                   # (A1) s = Z^T W z_q
+        _check_results(s, Z=Z_, z_query=z_q)
+        a = softmax(s)                                                # (A2) a = softmax(s)
+        Za = (Z_ @ a[:, :, None])[:, :, 0]
+        f = Za @ V.T                                                  # (A3) f = V Z a
+        r = f - y                                                     # (A4) r = f - target
+        grad_V += r.T @ Za                                            # (A5) grad_V = r (Z a)^T
+        g = ((r @ V)[:, None, :] @ Z_)[:, 0, :]                       # (A6) g = Z^T V^T r
+        grad_s = a * (g - (a * g).sum(axis=1, keepdims=True))         # (A7) grad_s = a * (g - <a, g>)
+        grad_W += (Z_ @ grad_s[:, :, None])[:, :, 0].T @ z_q          # (A8) grad_W = Z grad_s z_q^T
+        loss += 0.5 * float(np.vdot(r, r))
+    _check_results(loss, grad_V, grad_W, Z=Z, z_query=z_query, target=target)
+    return loss / B, grad_V / B, grad_W / B
+
+
+# ---- the population: exact over X (P), one-hot encodings (O), stochastic encodings (S) ---------------
+
+@quiet
+def population_loss_and_grads(V, W, E, e_query, selected):
+    """Population loss and gradients of f = V X softmax(E^T W e_y), exact over X (P1)-(P4).
+
+    Tokens enter by E[x_i x_j^T] = 1[i = j] I alone (P5). Averaged over the rows given: pass
+    `all_subsets` for the whole population over y, fresh draws of E and y for stochastic encodings.
+
+    Parameters: V : (d, d); W : (d_e, d_e)
+        E : (d_e, T) shared by all rows, or (B, d_e, T) one a row; e_query : (B, d_e)
+        selected : (B, T) rows of 0 and 1 with q ones each
+    Returns: loss, grad_V (d, d), grad_W (d_e, d_e)
+    Raises: ValueError : shapes that do not fit, rows without q ones, entries not real or not finite
+    References: Derived here.
+    >>> loss, grad_V, _ = population_loss_and_grads([[0.0]], np.zeros((3, 3)), np.eye(3), [[1, 1, 0]], [[1, 1, 0]])
+    >>> loss, round(grad_V.item(), 6)
+    (0.25, -0.333333)
+    """
+    V, W, E, e_query, selected = _arrays("V:dd W:ee E:eT|BeT e_query:Be selected:BT", V, W, E, e_query, selected)
+    _finite(V=V, W=W)
+    B, d, q = len(selected), len(V), _selection(selected)
+    key = e_query @ W.T
+    s = key @ E if E.ndim == 2 else (key[:, None, :] @ E)[:, 0, :]
+    _check_results(s, E=E, e_query=e_query)
+    a = softmax(s)
+    on_y = np.einsum("bt,bt->b", a, selected)                         # <s_y, a>
+    a_sq = np.einsum("bt,bt->b", a, a)                                # ||a||^2
+    tr_V, V_sq = np.trace(V), np.vdot(V, V)
+    # (P1) as a sum of squares, free of cancellation: V = vbar I + (V - vbar I), vbar = tr V / d.
+    miss = (tr_V / d) * a - selected / q
+    traceless = V - (tr_V / d) * np.eye(d)
+    loss = 0.5 * (np.vdot(traceless, traceless) * a_sq.mean() + d * np.vdot(miss, miss) / B)
+    grad_V = V * a_sq.mean() - (on_y.mean() / q) * np.eye(d)          # (P2)
+    g = V_sq * a - (tr_V / q) * selected                              # (P3)
+    grad_s = a * (g - np.einsum("bt,bt->b", a, g)[:, None])
+    E_grad_s = grad_s @ E.T if E.ndim == 2 else (E @ grad_s[:, :, None])[:, :, 0]
+    grad_W = E_grad_s.T @ e_query / B                                 # (P4)
+    _check_results(loss, grad_V, grad_W, E=E, e_query=e_query)
+    return float(loss), grad_V, grad_W
+
+
+def _one_hot(alpha, omega, T, q, d):
+    """`one_hot_loss_and_grads` without the door, for recursions that check once."""
+    shift = np.maximum(omega, 0.0)
+    on, off = np.exp(omega - shift), np.exp(-shift)
+    total = q * on + (T - q) * off
+    a_on, a_off = on / total, off / total        # attention on one selected, on one other position
+    p, rest = q * a_on, (T - q) * a_off          # their sums: p on y, 1 - p elsewhere
+    miss = 1 / q - alpha * a_on
+    loss = d / 2 * (q * miss**2 + (T - q) * (alpha * a_off)**2)       # (O2)
+    grad_alpha = alpha * (p * a_on + rest * a_off) - a_on             # (O3) alpha N - p/q
+    delta = d * alpha * (miss + alpha * a_off)                        # (O4)
+    grad_omega = -p * rest * delta / np.maximum(T - 1, 1)
+    return loss, grad_alpha, grad_omega
+
+
+@quiet
+def one_hot_loss_and_grads(alpha, omega, T, q, d):
+    """Loss and gradients on the line V = alpha I, W = omega (I - 11^T/T), orthonormal E (O2)-(O4).
+
+    The gradients are the coefficients of the matrix gradients, grad_V = grad_alpha I and
+    grad_W = grad_omega (I - 11^T/T): alpha - eta grad_alpha and omega - eta grad_omega are the next
+    scalars. As derivatives of the loss, dL/dalpha = d grad_alpha and dL/domega = (T-1) grad_omega.
+    For q = T attention cannot move: p = 1 and grad_omega = 0.
+
+    Parameters: alpha, omega : numbers or arrays; T, q, d : integers or arrays of them; all broadcast
+    Returns: loss, grad_alpha, grad_omega, in the broadcast shape
+    Raises: ValueError : sizes that are not integers >= 1, q > T, parameters not real or not finite
+    References: Derived here.
+    >>> [round(float(x), 6) for x in one_hot_loss_and_grads(1.0, 0.0, T=4, q=1, d=2)]
+    [0.75, 0.0, -0.125]
+    """
+    _sizes(many=True, T=T, q=q, d=d)
+    alpha, omega = _real(alpha=alpha, omega=omega)
+    loss, grad_alpha, grad_omega = _one_hot(alpha, omega, T, q, d)
+    _check_results(loss, grad_alpha, grad_omega)
+    return loss, grad_alpha, grad_omega
+
+
+@quiet
+def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
+    """Loss and gradients on the line V = alpha I, W = c I, from overlaps u = E^T e_y (S2, S3).
+
+    a = softmax(c u). The gradients are the coefficients of the matrix gradients, grad_V = grad_alpha I
+    and grad_W = grad_c I: alpha - eta grad_alpha and c - eta grad_c are the next scalars
+    (dL/dalpha = d grad_alpha, dL/dc = d_e grad_c).
+
+    Parameters: alpha, c : numbers; overlaps : (B, T), the q selected positions first; q, d, d_e : integers
+    Returns: loss, grad_alpha, grad_c, averaged over the rows
+    Raises: ValueError : sizes that are not integers >= 1, q > T, entries not real or not finite
+    References: Derived here.
+    >>> [round(float(x), 6) for x in stochastic_loss_and_grads(1.0, 0.0, [[1.0, 0.0, 0.0, 0.0]], 1, 2, 8)]
+    [0.75, 0.0, -0.046875]
+    """
+    u = _arrays("overlaps:BT", overlaps)
+    _sizes(T=u.shape[1], q=q, d=d, d_e=d_e)
+    alpha, c = _real(alpha=alpha, c=c)
+    s = c * u
+    _check_results(s, overlaps=u)
+    a = softmax(s)
+    ua = u * a
+    p, N = a[:, :q].sum(axis=1), np.einsum("bt,bt->b", a, a)
+    miss_off = np.einsum("bt,bt->", a[:, q:], a[:, q:])
+    miss_on = ((alpha * a[:, :q] - 1 / q)**2).sum()
+    loss = d / 2 * (miss_on + alpha**2 * miss_off) / len(u)           # (P1) at V = alpha I
+    grad_alpha = alpha * N.mean() - p.mean() / q                      # (S2)
+    # (S3) <u, grad_s> = <u a, g> - <a, g> <u, a> with g = d alpha (alpha a - s_y / q) from (P3)
+    ua_g = alpha * np.einsum("bt,bt->b", ua, a) - ua[:, :q].sum(axis=1) / q
+    a_g = alpha * N - p / q
+    grad_c = d * alpha * (ua_g - a_g * ua.sum(axis=1)).mean() / d_e
+    _check_results(loss, grad_alpha, grad_c)
+    return float(loss), grad_alpha, grad_c
+
+
+# ---- fully-connected network (F) -------------------------------------------------------------------
+
+@quiet
+def fcn_loss_and_grads(W1, b1, A, b2, inputs, target):
+    """Loss and gradients of the two-layer network f = A relu(W1 x + b1) + b2 (F1, F2).
+
+    Parameters: W1 : (m, n); b1 : (m,); A : (d, m); b2 : (d,)
+        inputs : (B, n); target : (B, d)
+    Returns: loss, grad_W1, grad_b1, grad_A, grad_b2; relu has derivative 0 at 0
+    Raises: ValueError : shapes that do not fit, entries not real or not finite
+    References: Derived here (standard back-propagation).
+    >>> loss, *grads = fcn_loss_and_grads([[2.0]], [0.0], [[1.0]], [0.0], [[3.0]], [[5.0]])
+    >>> loss, [grad.item() for grad in grads]
+    (0.5, [3.0, 1.0, 6.0, 1.0])
+    """
+    W1, b1, A, b2, inputs, target = _arrays("W1:mn b1:m A:dm b2:d inputs:Bn target:Bd",
+                                            W1, b1, A, b2, inputs, target)
+    _finite(W1=W1, b1=b1, A=A, b2=b2)
+    B = len(inputs)
+    pre = inputs @ W1.T + b1
+    hidden = np.maximum(pre, 0.0)
+    r = hidden @ A.T + b2 - target                  # (F1) r = f - target
+    loss = 0.5 * float(np.vdot(r, r)) / B
+    r = r / B                                       # (F2) from here on, the average over the batch
+    grad_A, grad_b2 = r.T @ hidden, r.sum(axis=0)   # f = A hidden + b2
+    delta = (r @ A) * (pre > 0)                     # hidden = relu(pre)
+    grad_W1, grad_b1 = delta.T @ inputs, delta.sum(axis=0)  # pre = W1 x + b1
+    _check_results(loss, grad_W1, grad_b1, grad_A, grad_b2, inputs=inputs, target=target)
+    return loss, grad_W1, grad_b1, grad_A, grad_b2
