@@ -151,6 +151,7 @@ def dynamics(rng, quick, progress):
         if t % 1024 == 0:
             progress(f"escape at T = {escape_T[0]} to {escape_T[-1]}, step {t} of {shown[-1]}")
     escape_loss = np.array(escape_loss)
+    predicted_escape = np.array([sts.escape_time(int(T), 4, 8, escape_eta) for T in escape_T])
 
     escape = sts.escape_time(**mid)
     mid_times = np.unique(np.round(np.geomspace(mid["T"] / mid["eta"], 13 * escape, 200)).astype(int))
@@ -167,35 +168,37 @@ def dynamics(rng, quick, progress):
     full_error = max(abs(1 - alpha - (1 - 2.0 / 6)**t) for t, alpha in enumerate(full))
 
     # draw
-    fig, (left, middle, right) = figure("Loss: matrices, scalars and closed form", "Attention escapes at T²/(ηd)",
+    fig, (left, middle, right) = figure("Loss: steps of descent on the closed form", "Escape of the attention",
                                         "The two scalars at T = 16")
 
     def law(ax):
         for T, colour, column in zip(escape_T[::2], COLOURS, escape_loss.T[::2]):
-            ax.plot(shown, column, "o", color=colour, markersize=3.5, label=f"T = {T}, q = 4, d = 8, η = 7")
-            ax.plot(shown, sts.one_hot_loss_at(shown, int(T), 4, 8, escape_eta), **PREDICTED)
-        ax.plot([t for t, _, _ in small if t], [loss for t, _, loss in small if t], "s", color=PINK,
-                label="T = 8, q = 3, d = 5, η = 1: matrices")
-        ax.plot(log_steps(1000), sts.one_hot_loss_at(log_steps(1000), 8, 3, 5, 1.0), label="(C1, C3)", **PREDICTED)
-        end = shown[shown > shown[-1] / 30]
-        T = escape_T[0]
-        ax.plot(end, (T - 1) / (4 * escape_eta * end), color="black", linestyle=":", label="(C4): (T-1)/(4ηt)")
-        ax.text(end[-1], (T - 1) / (4 * escape_eta * end[-1]) / 3, "slope -1", ha="right")
+            ax.plot(shown, column, "o", color=colour, markersize=3.5, label=f"T = {T}: scalars (O3, O4)")
+            after = shown[shown >= T / escape_eta]
+            ax.plot(after, sts.one_hot_loss_at(after, int(T), 4, 8, escape_eta), **PREDICTED)
+        ax.plot([t for t, _, _ in small if t], [loss for t, _, loss in small if t], "s", color=PINK, markersize=4,
+                label="T = 8: matrices (P2, P4)")
+        ax.plot(log_steps(1000)[6:], sts.one_hot_loss_at(log_steps(1000)[6:], 8, 3, 5, 1.0), label="predicted (C1, C3)",
+                **PREDICTED)
+        middle_step = math.sqrt(shown[-1]) * 8
+        ax.text(middle_step, (escape_T[0] - 1) / (4 * escape_eta * middle_step) / 2, "(C4): (T - 1)/(4ηt)\nslope -1",
+                ha="right", va="top", fontsize=10)
         log_axes(ax, "gradient steps t", "loss L")
-        ax.legend(fontsize=8.5)
+        ax.set_ylim(bottom=escape_loss[-1, 0] / 300)
+        ax.legend(fontsize=9, loc="lower left", borderaxespad=0.1, labelspacing=0.25)
     law(left)
     scaled = crossing * escape_eta * 8 / escape_T**2
     middle.plot(escape_T, scaled, "o", color=BLUE, label="measured: half of the attention on y")
-    middle.plot(escape_T, [sts.escape_time(int(T), 4, 8, escape_eta) * escape_eta * 8 / T**2 for T in escape_T],
-                label="(C5)", **PREDICTED)
+    middle.plot(escape_T, predicted_escape * escape_eta * 8 / escape_T**2, label="predicted (C5)", **PREDICTED)
     middle.axhline(1, color="grey", linewidth=0.8)
-    middle.set(xscale="log", xlabel="sequence length T", ylabel="escape time in units of T²/(ηd)")
+    middle.set(xscale="log", xlabel="sequence length T", ylabel="escape time in units of T²/(ηd)",
+               ylim=(0.98, 1.1 * scaled.max()))
     middle.legend()
     alpha, omega = path.T
     right.plot(times, alpha, "o", color=ORANGE, markersize=3.5, label="α (V = α I)")
     right.plot(times, omega, "o", color=BLUE, markersize=3.5, label="ω (W = ω (I - 11ᵀ/T))")
     z = one_hot_z(sts.one_hot_loss_at(times, late_T, q, d, eta), late_T, q, d)
-    right.plot(times, np.log(z) / 2, label="ω from (C3)", **PREDICTED)
+    right.plot(times[times >= late_T], np.log(z[times >= late_T]) / 2, label="ω predicted (C3)", **PREDICTED)
     mass = q * np.exp(omega) / (q * np.exp(omega) + late_T - q)
     right.plot(times, mass, "o", color=GREEN, markersize=3.5, label="p: attention on y")
     right.set(xscale="log", xlabel="gradient steps t", ylabel="value")
@@ -205,7 +208,6 @@ def dynamics(rng, quick, progress):
     decade = times >= late / 10
     slope = np.polyfit(np.log(times[decade]), np.log(late_loss[decade]), 1)[0]
     log_rate = late_loss[times >= late / 100] * times[times >= late / 100] / np.log(times[times >= late / 100])
-    predicted_escape = np.array([sts.escape_time(int(T), 4, 8, escape_eta) for T in escape_T])
     early_or_late = (mid_times <= escape / 3) | (mid_times >= 10 * escape)
     looser = 100_000 / late  # the next term of (C3) falls like log(t)/t
     return fig, [
@@ -323,54 +325,53 @@ def matrices(rng, quick, progress):
     progress("skewed tokens")
     predicted, skewed, skewed_error = skewed_check(rng, 40 if quick else 200)
     ends = []
-    for _ in range(8):
+    for _ in range(16):
         progress("Laplace tokens")
-        for _, (V, W), _ in online(rng, 8, 2, 3, 0.5, 256, 60 if quick else 200, "laplace"):
+        for _, (V, W), _ in online(rng, 8, 2, 3, 0.25, 128 if quick else 256, 300, "laplace"):
             pass
         ends.append((np.trace(V[:, :3]) / 3, (np.trace(W[3:, 3:]) - W[3:, 3:].sum() / 8) / 7))
-    for _, scalars, _ in sts.one_hot_recursion(8, 2, 3, 0.5, 60 if quick else 200):
+    for _, scalars, _ in sts.one_hot_recursion(8, 2, 3, 0.25, 300):
         pass
 
     # draw
-    fig = Figure(figsize=(11, 6.4), layout="constrained")
-    axes = fig.subplot_mosaic([["V0", "V1", "V2", "cosine"], ["W0", "W1", "W2", "cosine"], ["W0", "W1", "W2", "norms"]],
-                              height_ratios=[0.35, 0.5, 1], width_ratios=[1, 1, 1, 1.25])
+    fig = Figure(figsize=(11, 5.6), layout="constrained")
+    heat, curves = fig.subfigures(1, 2, width_ratios=[2.2, 1])
+    heat_axes = heat.subplots(2, 3, height_ratios=[d + 4, d + T])
+    cosines_ax, norms_ax = curves.subplots(2, 1)
 
     def blocks(ax, matrix, name, t):
         size = abs(matrix).max() or 1.0
-        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-size, vmax=size, aspect="auto" if name == "V" else "equal")
+        ax.imshow(matrix, cmap="RdBu_r", vmin=-size, vmax=size, aspect="auto")
         ax.axvline(d - 0.5, color="black", linewidth=0.8)
         if name == "W":
             ax.axhline(d - 0.5, color="black", linewidth=0.8)
-        ax.set(title=f"{name} at step {t}, scale ±{size:.2g}", xticks=[d / 2 - 0.5, d + T / 2],
+        ax.set(title=f"{name}, step {t} (colours ±{size:.2g})", xticks=[d / 2 - 0.5, d + T / 2],
                xticklabels=["x", "position"], yticks=[d / 2 - 0.5, d + T / 2] if name == "W" else [d / 2 - 0.5])
         ax.set_yticklabels(["x", "position"] if name == "W" else ["output"], rotation=90, va="center")
         ax.tick_params(length=0)
         ax.grid(False)
-        return image
     middle = next(k for k, (t, _, _) in enumerate(states) if t >= T**2 / (eta * d))
     for column, k in enumerate((0, middle, len(states) - 1)):
         t, (V, W), _ = states[k]
-        blocks(axes[f"V{column}"], V, "V", t)
-        blocks(axes[f"W{column}"], W, "W", t)
+        blocks(heat_axes[0, column], V, "V", t)
+        blocks(heat_axes[1, column], W, "W", t)
     moving = states[1:]
     steps_shown = [t for t, _, _ in moving]
     cosines = np.array([[cosine(V, direction_V) for _, (V, _), _ in moving],
                         [cosine(W, direction_W) if W.any() else np.nan for _, (_, W), _ in moving]])
-    for values, colour, label in zip(cosines, (ORANGE, BLUE), ("V and [I, 0]", "W and I - 11ᵀ/T")):
-        axes["cosine"].plot(steps_shown, values, "o", color=colour, markersize=4, label=label)
-    axes["cosine"].axhline(1, **PREDICTED)
-    axes["cosine"].set(xscale="log", ylim=(0, 1.05), title="Cosine with the ground truth")
-    axes["cosine"].legend(loc="lower right")
+    for values, colour, label in zip(cosines, (ORANGE, BLUE), ("V with [I, 0]", "W with I - 11ᵀ/T")):
+        cosines_ax.plot(steps_shown, values, "o", color=colour, markersize=4, label=label)
+    cosines_ax.axhline(1, **PREDICTED)
+    cosines_ax.set(xscale="log", ylim=(0, 1.08), title="Cosine with the ground truth")
+    cosines_ax.legend(loc="lower right")
     names = {"V₁": lambda V, W: V[:, :d], "W₂₂": lambda V, W: W[d:, d:], "V₂": lambda V, W: V[:, d:],
              "W₁₂": lambda V, W: W[:d, d:]}
     for (label, block), colour in zip(names.items(), (ORANGE, BLUE, PINK, GREEN)):
-        axes["norms"].plot(steps_shown, [np.linalg.norm(block(*params)) for _, params, _ in moving], "o",
-                           color=colour, markersize=4, label=label)
-    axes["norms"].set(xscale="log", yscale="log", xlabel="gradient steps t", ylabel="Frobenius norm",
-                      title="Norms: V₂, W₁₂ are sampling noise")
-    axes["norms"].legend(ncol=4, loc="upper left", handletextpad=0, columnspacing=0.8, fontsize=9)
-    axes["norms"].set_ylim(top=axes["norms"].get_ylim()[1] * 6)
+        norms_ax.plot(steps_shown, [np.linalg.norm(block(*params)) for _, params, _ in moving], "o",
+                      color=colour, markersize=4, label=label)
+    norms_ax.set(xscale="log", yscale="log", xlabel="gradient steps t", ylabel="Frobenius norm",
+                 title="V₂, W₁₂: sampling noise", ylim=(None, 2e3))
+    norms_ax.legend(ncol=4, loc="upper center", handletextpad=0, columnspacing=0.8)
 
     def learned(ax):
         t, (_, W), _ = states[-1]
