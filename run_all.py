@@ -154,7 +154,7 @@ def dynamics(rng, quick, progress):
     predicted_escape = np.array([sts.escape_time(int(T), 4, 8, escape_eta) for T in escape_T])
 
     escape = sts.escape_time(**mid)
-    mid_times = np.unique(np.round(np.geomspace(mid["T"] / mid["eta"], 13 * escape, 200)).astype(int))
+    mid_times = np.unique(np.round(np.geomspace(mid["T"] / mid["eta"], 10.5 * escape, 200)).astype(int))
     mid_loss = np.array([loss for _, _, loss in record(sts.one_hot_recursion(**mid, steps=int(mid_times[-1])),
                                                        mid_times, progress, "scalars at T = 256")])
     mid_error = abs(mid_loss / sts.one_hot_loss_at(mid_times, **mid) - 1)
@@ -162,7 +162,7 @@ def dynamics(rng, quick, progress):
     lag = (mid_times - mid["T"] / mid["eta"]) / one_hot_time(mid_z, **mid) - 1
 
     stable = sts.largest_stable_eta(5, 4, 6)
-    below, above = (off_the_line(5, 4, 6, factor * stable, 4000) for factor in (0.99, 1.01))
+    below, above = (off_the_line(5, 4, 6, factor * stable, 2500) for factor in (0.99, 1.01))
     on_line = off_the_line(8, 3, 5, 1.0, 1000)
     full = [params[0] for _, params, _ in sts.one_hot_recursion(6, 6, 5, 2.0, 200)]
     full_error = max(abs(1 - alpha - (1 - 2.0 / 6)**t) for t, alpha in enumerate(full))
@@ -213,7 +213,7 @@ def dynamics(rng, quick, progress):
     return fig, [
         claim("O1", "matrix descent stays on the two scalars, 1,000 steps: largest difference",
               "derived here", "<=", 0, on_line, 1e-12),
-        claim("O5-below", "just below the stable eta it stays, 4,000 steps", "derived here", "<=", 0, below, 1e-12),
+        claim("O5-below", "just below the stable eta it stays, 2,500 steps", "derived here", "<=", 0, below, 1e-12),
         claim("O5-above", "just above the stable eta it leaves", "derived here", ">=", 1e-6, above),
         claim("C4", f"L 4 eta t/(T-1) at t = {late}", "derived here", "=", 1,
               late_loss[-1] * 4 * eta * late / (late_T - 1), 0.005 * looser),
@@ -465,6 +465,63 @@ def shown_entries(matrix):
     return f"[{matrix[0, 0]:+.9f} {matrix[0, 1] if matrix.shape[1] > 1 else 0.0:+.9f} ..]"
 
 
+SIZES = [(256, 32, 3, 8, 64), (256, 128, 4, 16, 128), (64, 1024, 4, 16, 128)]  # B, T, q, d, d_e
+
+
+def median_ms(call, seconds=0.5):
+    """Median time of a call in milliseconds, over at least five calls and about `seconds`."""
+    call()
+    times, stop = [], time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return np.median(times)
+
+
+def training_parts(rng, B, T, q, d, d_e):
+    """The parts of a training step at one size, as name -> (call, the arrays it must read or write once)."""
+    m, D = 2 * d_e, d + d_e
+    X, selected = sts.sample_batch(rng, B, T, q, d)
+    E, target = sts.random_sign_encoding(rng, d_e, T, B), sts.sts(X, selected)
+    e_query, inputs = sts.dual_query(E, selected), sts.fcn_inputs(X, selected)
+    Z, z_query = sts.full_inputs(X, E, e_query)
+    V, W = rng.standard_normal((d, D)) / D, rng.standard_normal((D, D)) / D
+    u, network = sts.overlaps(rng, B, T, q, d_e), sts.init_fcn(rng, m, T, d)
+    return {
+        "sample_batch": (lambda: sts.sample_batch(rng, B, T, q, d), [X]),
+        "random_sign_encoding": (lambda: sts.random_sign_encoding(rng, d_e, T, B), [E]),
+        "dual_query": (lambda: sts.dual_query(E, selected), [e_query]),
+        "full_inputs": (lambda: sts.full_inputs(X, E, e_query), [Z]),
+        "attention_loss_and_grads": (lambda: attention_loss_and_grads(V, W, Z, z_query, target), [Z]),
+        "population_loss_and_grads": (lambda: population_loss_and_grads(V[:, :d], W[d:, d:], E, e_query, selected), [E]),
+        "stochastic_loss_and_grads": (lambda: stochastic_loss_and_grads(1.0, 2.0, u, q, d, d_e), [u]),
+        "fcn_loss_and_grads": (lambda: fcn_loss_and_grads(*network, inputs, target), [inputs, network[0]]),
+    }
+
+
+def benchmark(rng):
+    """Time every part of a training step; the gradients also at twice the batch and twice the length."""
+    print("median ms a call; passes: one pass over the arrays it must read; share: of a step on samples (the first,"
+          "\nthird to fifth row) or on the population (second, third, sixth); 2B, 2T: growth of the time\n")
+    for B, T, q, d, d_e in SIZES:
+        print(f"B = {B}, T = {T}, q = {q}, d = {d}, d_e = {d_e}\n  {'':26s}{'ms':>9s}{'passes':>9s}{'ratio':>7s}"
+              f"{'samples':>9s}{'popul.':>8s}{'2B':>6s}{'2T':>6s}")
+        parts = training_parts(rng, B, T, q, d, d_e)
+        ms = {name: median_ms(call) for name, (call, _) in parts.items()}
+        steps = [("sample_batch", "dual_query", "full_inputs", "random_sign_encoding", "attention_loss_and_grads"),
+                 ("random_sign_encoding", "dual_query", "population_loss_and_grads")]
+        larger = [training_parts(rng, *size, q, d, d_e) for size in ((2 * B, T), (B, 2 * T))]
+        for name, (_, arrays) in parts.items():
+            passes = sum(median_ms(lambda: np.vdot(array, array), 0.1) for array in arrays)
+            row = f"  {name:26s}{ms[name]:9.3f}{passes:9.3f}{ms[name] / passes:7.1f}"
+            row += "".join(f"{ms[name] / sum(ms[part] for part in step):{width}.0%}" if name in step else " " * width
+                           for step, width in zip(steps, (9, 8)))
+            if name.endswith("grads"):
+                row += "".join(f"{median_ms(more[name][0]) / ms[name]:6.1f}" for more in larger)
+            print(row, flush=True)
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description="Run the experiments, draw the figures, check the claims.",
                                      epilog=f"experiments: {', '.join(EXPERIMENTS)}")
@@ -475,6 +532,7 @@ def parse(argv):
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the figures and claims.csv (default: "
                         "figures, or figures/partial with --quick or --only)")
     parser.add_argument("--trace", type=int, metavar="N", help="print N updates beside the proof's, and stop")
+    parser.add_argument("--benchmark", action="store_true", help="time each part of a training step, and stop")
     for name, kind, default in (("T", int, 8), ("q", int, 3), ("d", int, 5), ("eta", float, 1.0)):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"for --trace (default {default})")
     options = parser.parse_args(argv)
@@ -490,6 +548,19 @@ def parse(argv):
     partial = options.quick or options.only is not None
     options.out = options.out or Path(__file__).parent / ("figures/partial" if partial else "figures")
     return parser, options
+
+
+SUMMARY = {"dynamics": "Descent follows an exact law", "matrices": "What W learns: positions only",
+           "length": "It carries over to longer sequences", "floor": "A fully-connected net needs width T d"}
+
+
+def summary(headlines):
+    """The paper's story in four panels, drawn by the experiments' headlines."""
+    fig, axes = figure(*SUMMARY.values(), rows=2, height=8.4)
+    for ax, (name, title) in zip(axes, SUMMARY.items()):
+        headlines[name](ax)
+        ax.set_title(title)
+    return fig
 
 
 def run(options, start):
@@ -508,6 +579,9 @@ def run(options, start):
         held = sum(row["verdict"] == "ok" for row in found)
         print(f"{chr(13) if sys.stdout.isatty() else ''}{place}: {held} of {len(found)} claims hold "
               f"({time.monotonic() - start:.1f} s){'':60s}".rstrip() + " " * 40 * sys.stdout.isatty(), flush=True)
+    if set(SUMMARY) <= set(headlines):
+        with matplotlib.rc_context(STYLE):
+            write_whole(options.out / "summary.png", summary(headlines).savefig)
     write_whole(options.out / "claims.csv", lambda path: write_table(claims, path))
     widths = {"id": 18, "statement": 88, "source": 12, "predicted": 14, "measured": 13, "tolerance": 9, "verdict": 7}
     for row in [{key: key for key in widths}, *claims]:
@@ -527,6 +601,9 @@ def main(argv=None):
                 return 0
             except ValueError as error:
                 parser.error(str(error))
+        if options.benchmark:
+            benchmark(np.random.default_rng(options.seed))
+            return 0
         try:
             options.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=options.out).close()

@@ -127,11 +127,9 @@ def random_sign_encoding(rng, d_e, T, B=None):
     _sizes(d_e=d_e, T=T, **({} if B is None else {"B": B}))
     shape = (d_e, T) if B is None else (B, d_e, T)
     count = math.prod(shape)
-    bits = np.unpackbits(np.frombuffer(rng.bytes(-(-count // 8)), np.uint8), count=count).reshape(shape)
-    scale = 1 / math.sqrt(d_e)
-    signs = bits * (2 * scale)
-    signs -= scale
-    return signs
+    eight = (2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1) - 1) / math.sqrt(d_e)
+    picks = np.frombuffer(rng.bytes(-(-count // 8)), np.uint8)  # each random byte picks eight signs
+    return eight.take(picks, axis=0).ravel()[:count].reshape(shape)
 
 
 def _encodings(E, selected):
