@@ -12,27 +12,33 @@ quiet = np.errstate(over="ignore", invalid="ignore")  # an overflow is raised as
 
 # ---- the door: what each function asks of its arguments -------------------------------------------
 
+def _as_real(name, value):
+    """value as an array of real numbers, else an error that names it."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, Warning):  # ragged rows
+        array = np.asarray(None)
+    if array.dtype == object and all(isinstance(entry, int) for entry in array.flat):
+        array = array.astype(float)  # Python integers beyond 64 bits
+    if array.dtype.kind not in "biuf" or array.size == 0:
+        raise ValueError(f"{name} must be real numbers, at least one; got {type(value).__name__} {value!r:.60}")
+    return array
+
+
 def _arrays(spec, *values):
     """Each value as float64, its shape matched to a spec such as "V:dD Z:BDT E:eT|BeT" (e is d_e)."""
     sizes, arrays = {}, []
     for item, value in zip(spec.split(), values):
         name, shapes = item.split(":")
-        try:
-            array = np.asarray(value)
-        except ValueError:
-            array = np.asarray("ragged")
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"{name} must be an array of real numbers; got {type(value).__name__} of "
-                             f"{'ragged rows' if array.dtype.kind == 'U' else array.dtype}")
-        shapes = shapes.split("|")
+        shapes, array = shapes.split("|"), _as_real(name, value)
         shape = next((s for s in shapes if len(s) == array.ndim), shapes[0])
         known = {letter: sizes[letter] for letter in shape if letter in sizes}
-        if len(shape) != array.ndim or 0 in array.shape or any(
+        if len(shape) != array.ndim or any(
                 sizes.setdefault(letter, size) != size for letter, size in zip(shape, array.shape)):
-            spell = lambda letters: "(" + ", ".join("d_e" if x == "e" else x for x in letters) + ")"
-            fixed = "".join(f", {x if x != 'e' else 'd_e'} = {size}" for x, size in known.items())
-            raise ValueError(f"{name} must have shape {' or '.join(map(spell, shapes))}, no size 0{fixed}; "
-                             f"got shape {array.shape}")
+            spell = {"e": "d_e"}
+            wanted = " or ".join("(" + ", ".join(spell.get(x, x) for x in s) + ")" for s in shapes)
+            fixed = ", ".join(f"{spell.get(x, x)} = {size}" for x, size in known.items())
+            raise ValueError(f"{name} must have shape {wanted}{fixed and ' with ' + fixed}; got shape {array.shape}")
         arrays.append(array.astype(float, copy=False))
     return arrays if len(arrays) > 1 else arrays[0]
 
@@ -41,30 +47,55 @@ def _finite(**arrays):
     """Refuse NaN and infinities, naming the argument."""
     for name, array in arrays.items():
         if not np.isfinite(array).all():
-            bad = np.asarray(array)[~np.isfinite(array)].flat[0]
-            raise ValueError(f"{name} must be finite; got {bad} among its entries")
+            raise ValueError(f"{name} must be finite; got {np.ravel(array)[~np.isfinite(np.ravel(array))][0]}")
 
 
-def _real(**values):
-    """Numbers or arrays of any shape as float64, finite."""
-    out = []
+def _one_or_all(values):
+    return values if len(values) > 1 else values[0]
+
+
+def _reals(**values):
+    """Numbers, or arrays of them that broadcast: finite, in float64."""
+    arrays = []
     for name, value in values.items():
-        array = np.asarray(value)
-        if array.dtype.kind not in "iuf" or array.size == 0:
-            raise ValueError(f"{name} must be a real number or an array of them; got {value!r:.60}")
+        array = _as_real(name, value)
+        if array.dtype.kind == "b":
+            raise ValueError(f"{name} must be real numbers; got {value!r:.60}")
         _finite(**{name: array})
-        out.append(array.astype(float)[()])
-    return out if len(out) > 1 else out[0]
+        arrays.append(array.astype(float)[()])
+    _broadcast(**values)
+    return _one_or_all(arrays)
 
 
-def _sizes(many=False, **sizes):
-    """Refuse sizes that are not integers >= 1 (arrays of them if many), and q > T."""
+def _broadcast(**values):
+    try:
+        return np.broadcast_shapes(*map(np.shape, values.values()))
+    except ValueError:
+        raise ValueError(f"{', '.join(values)} must have shapes that broadcast; "
+                         f"got {', '.join(str(np.shape(value)) for value in values.values())}") from None
+
+
+def _numbers(above=-np.inf, below=np.inf, **values):
+    """Single numbers strictly between the bounds, as floats."""
+    for name, value in values.items():
+        if np.ndim(_reals(**{name: value})) or not above < value < below:
+            bounds = f"{f' above {above:g}' * (above > -np.inf)}{f' below {below:g}' * (below < np.inf)}"
+            raise ValueError(f"{name} must be one finite number{bounds}; got {value!r:.60}")
+    return _one_or_all([float(value) for value in values.values()])
+
+
+def _sizes(many=False, least=1, **sizes):
+    """Integers >= least, as int (or arrays of them that broadcast, if many); q must be at most T."""
+    out = []
     for name, size in sizes.items():
-        array = np.asarray(size)
-        if array.dtype.kind not in "iu" or (array.ndim and not many) or not (array >= 1).all():
-            raise ValueError(f"{name} must be {'integers' if many else 'an integer'} >= 1; got {size!r}")
-    if "q" in sizes and "T" in sizes and np.any(np.asarray(sizes["q"]) > sizes["T"]):
+        array = _as_real(name, size)
+        if array.dtype.kind not in "iu" or (array.ndim and not many) or not (array >= least).all():
+            raise ValueError(f"{name} must be {'integers' if many else 'an integer'} >= {least}; got {size!r:.60}")
+        out.append(array.astype(np.int64) if array.ndim else int(array))
+    _broadcast(**sizes)
+    if "q" in sizes and "T" in sizes and np.any(np.greater(sizes["q"], sizes["T"])):
         raise ValueError(f"q must be at most T = {sizes['T']}; got {sizes['q']}")
+    return _one_or_all(out)
 
 
 def _selection(selected):
@@ -85,6 +116,7 @@ def _check_results(*results, **inputs):
 
 # ---- attention (A) --------------------------------------------------------------------------------
 
+@quiet
 def softmax(scores):
     """Softmax over the last axis (A2): a_i = e^{s_i} / sum_j e^{s_j}.
 
@@ -96,11 +128,11 @@ def softmax(scores):
     >>> softmax([0.0, 1e300]).tolist()
     [0.0, 1.0]
     """
-    scores = np.asarray(scores)
-    if scores.ndim == 0 or scores.size == 0 or scores.dtype.kind not in "biuf":
-        raise ValueError(f"scores must be a real array of at least one entry; got {scores!r:.60}")
+    scores = _as_real("scores", scores)
+    if scores.ndim == 0:
+        raise ValueError(f"scores must have a last axis to sum over; got the number {scores}")
     _finite(scores=scores)
-    weights = scores - scores.max(axis=-1, keepdims=True).astype(float)
+    weights = np.subtract(scores, scores.max(axis=-1, keepdims=True), dtype=float)
     np.exp(weights, out=weights)
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights
@@ -190,7 +222,7 @@ def population_loss_and_grads(V, W, E, e_query, selected):
 def _one_hot(alpha, omega, T, q, d):
     """`one_hot_loss_and_grads` without the door, for recursions that check once."""
     shift = np.maximum(omega, 0.0)
-    on, off = np.exp(omega - shift), np.exp(-shift)
+    on, off = np.exp(np.maximum(omega - shift, -700.0)), np.exp(-shift)  # -700: never 0/0, q = T included
     total = q * on + (T - q) * off
     a_on, a_off = on / total, off / total        # attention on one selected, on one other position
     p, rest = q * a_on, (T - q) * a_off          # their sums: p on y, 1 - p elsewhere
@@ -218,8 +250,9 @@ def one_hot_loss_and_grads(alpha, omega, T, q, d):
     >>> [round(float(x), 6) for x in one_hot_loss_and_grads(1.0, 0.0, T=4, q=1, d=2)]
     [0.75, 0.0, -0.125]
     """
-    _sizes(many=True, T=T, q=q, d=d)
-    alpha, omega = _real(alpha=alpha, omega=omega)
+    T, q, d = _sizes(many=True, T=T, q=q, d=d)
+    alpha, omega = _reals(alpha=alpha, omega=omega)
+    _broadcast(alpha=alpha, omega=omega, T=T, q=q, d=d)
     loss, grad_alpha, grad_omega = _one_hot(alpha, omega, T, q, d)
     _check_results(loss, grad_alpha, grad_omega)
     return loss, grad_alpha, grad_omega
@@ -241,8 +274,8 @@ def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
     [0.75, 0.0, -0.046875]
     """
     u = _arrays("overlaps:BT", overlaps)
-    _sizes(T=u.shape[1], q=q, d=d, d_e=d_e)
-    alpha, c = _real(alpha=alpha, c=c)
+    _, q, d, d_e = _sizes(T=u.shape[1], q=q, d=d, d_e=d_e)
+    alpha, c = _numbers(alpha=alpha, c=c)
     s = c * u
     _check_results(s, overlaps=u)
     a = softmax(s)

@@ -5,7 +5,6 @@ the panel that tells its story on its own. A claim is a number predicted, a numb
 """
 import argparse
 import csv
-import itertools
 import math
 import os
 import sys
@@ -440,6 +439,7 @@ def reporter(place, start):
 
 def trace(steps, T, q, d, eta):
     """Each update of matrix descent over all subsets next to the update that (O1)-(O4) predict."""
+    one_hot_loss_and_grads(0.0, 0.0, T, q, d)  # refuses sizes that do not fit, by name, before any line is printed
     print(f"T = {T}, q = {q}, d = {d}, eta = {eta:g}, one-hot encodings, all {math.comb(T, q)} subsets, "
           f"from V = 0, W = 0\ncode : V, W and grad_V, grad_W of population_loss_and_grads (P2, P4)\n"
           f"proof: V = alpha I, W = omega (I - 11^T/T) (O1), alpha and omega moved by (O3, O4)")
@@ -494,7 +494,8 @@ def training_parts(rng, B, T, q, d, d_e):
         "dual_query": (lambda: sts.dual_query(E, selected), [e_query]),
         "full_inputs": (lambda: sts.full_inputs(X, E, e_query), [Z]),
         "attention_loss_and_grads": (lambda: attention_loss_and_grads(V, W, Z, z_query, target), [Z]),
-        "population_loss_and_grads": (lambda: population_loss_and_grads(V[:, :d], W[d:, d:], E, e_query, selected), [E]),
+        "population_loss_and_grads": (lambda: population_loss_and_grads(V[:, :d], W[d:, d:], E, e_query, selected),
+                                      [E]),
         "stochastic_loss_and_grads": (lambda: stochastic_loss_and_grads(1.0, 2.0, u, q, d, d_e), [u]),
         "fcn_loss_and_grads": (lambda: fcn_loss_and_grads(*network, inputs, target), [inputs, network[0]]),
     }
@@ -544,6 +545,8 @@ def parse(argv):
         parser.error(f"--seed must be an integer >= 0; got {options.seed}")
     if options.trace is not None and options.trace < 1:
         parser.error(f"--trace must be an integer >= 1; got {options.trace}")
+    if not 0 < options.eta < math.inf:
+        parser.error(f"--eta must be a number above 0; got {options.eta:g}")
     options.names = [name for name in EXPERIMENTS if name in names]
     partial = options.quick or options.only is not None
     options.out = options.out or Path(__file__).parent / ("figures/partial" if partial else "figures")
@@ -601,6 +604,8 @@ def main(argv=None):
                 return 0
             except ValueError as error:
                 parser.error(str(error))
+            except MemoryError:
+                parser.error(f"--T and --d must fit in memory; got {options.T} and {options.d}")
         if options.benchmark:
             benchmark(np.random.default_rng(options.seed))
             return 0

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from analytic_grads import (_arrays, _check_results, _finite, _one_hot, _real, _selection, _sizes,
-                            quiet, softmax)
+from analytic_grads import (_arrays, _broadcast, _check_results, _finite, _numbers, _one_hot, _reals,
+                            _selection, _sizes, quiet, softmax)
 
 # ---- the task -------------------------------------------------------------------------------------
 
@@ -30,14 +30,6 @@ def _generator(rng):
         raise ValueError(f"rng must be a numpy.random.Generator; got {type(rng).__name__}")
 
 
-def _number(above=0.0, below=math.inf, **values):
-    """Refuse what is not a number strictly between the two bounds."""
-    for name, value in values.items():
-        if np.ndim(value) or not above < _real(**{name: value}) < below:
-            raise ValueError(f"{name} must be a number above {above:g}"
-                             f"{'' if below == math.inf else f' and below {below:g}'}; got {value!r}")
-
-
 def _choice(name, value, known):
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
@@ -55,7 +47,7 @@ def sample_batch(rng, B, T, q, d, tokens="gaussian"):
     ((2, 4, 5), [3.0, 3.0])
     """
     _generator(rng)
-    _sizes(B=B, T=T, q=q, d=d)
+    B, T, q, d = _sizes(B=B, T=T, q=q, d=d)
     _choice("tokens", tokens, TOKENS)
     X = TOKENS[tokens](rng, (B, d, T))
     selected = np.zeros((B, T))
@@ -64,6 +56,7 @@ def sample_batch(rng, B, T, q, d, tokens="gaussian"):
     return X, selected
 
 
+@quiet
 def sts(X, selected):
     """The target STS_q(X, y) = (1/q) sum_{i in y} x_i (the paper).
 
@@ -89,11 +82,11 @@ def all_subsets(T, q):
     >>> all_subsets(3, 2).tolist()
     [[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]
     """
-    _sizes(T=T, q=q)
-    count = math.comb(T, q)
-    if count > 10**5:
-        raise ValueError(f"T, q must have at most 10^5 subsets; got T = {T}, q = {q} with {count:.3g}")
-    subsets = np.zeros((count, T))
+    T, q = _sizes(T=T, q=q)
+    digits = (math.lgamma(T + 1) - math.lgamma(q + 1) - math.lgamma(T - q + 1)) / math.log(10)
+    if digits > 5 + 1e-7:
+        raise ValueError(f"T, q must have at most 10^5 subsets; got T = {T}, q = {q} with 10^{digits:.2f}")
+    subsets = np.zeros((math.comb(T, q), T))
     np.put_along_axis(subsets, np.array(list(itertools.combinations(range(T), q))), 1.0, axis=1)
     return subsets
 
@@ -109,8 +102,7 @@ def one_hot_encoding(T):
     >>> one_hot_encoding(2).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    _sizes(T=T)
-    return np.eye(T)
+    return np.eye(_sizes(T=T))
 
 
 def random_sign_encoding(rng, d_e, T, B=None):
@@ -124,8 +116,8 @@ def random_sign_encoding(rng, d_e, T, B=None):
     ((4, 3), [0.5])
     """
     _generator(rng)
-    _sizes(d_e=d_e, T=T, **({} if B is None else {"B": B}))
-    shape = (d_e, T) if B is None else (B, d_e, T)
+    d_e, T = _sizes(d_e=d_e, T=T)
+    shape = (d_e, T) if B is None else (_sizes(B=B), d_e, T)
     count = math.prod(shape)
     eight = (2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1) - 1) / math.sqrt(d_e)
     picks = np.frombuffer(rng.bytes(-(-count // 8)), np.uint8)  # each random byte picks eight signs
@@ -133,10 +125,11 @@ def random_sign_encoding(rng, d_e, T, B=None):
 
 
 def _encodings(E, selected):
-    E, selected = _arrays("E:eT selected:BT" if np.ndim(E) == 2 else "E:BeT selected:BT", E, selected)
+    E, selected = _arrays("E:eT|BeT selected:BT", E, selected)
     return E, selected, _selection(selected)
 
 
+@quiet
 def sum_query(E, selected):
     """The query e_y = sum_{i in y} e_i.
 
@@ -195,7 +188,7 @@ def overlaps(rng, B, T, q, d_e, query="dual"):
     ((2, 5), [1.0, 1.0])
     """
     _generator(rng)
-    _sizes(B=B, T=T, q=q, d_e=d_e)
+    B, T, q, d_e = _sizes(B=B, T=T, q=q, d_e=d_e)
     _choice("query", query, QUERIES)
     u, step = np.empty((B, T)), max(1, 2**19 // (d_e * T))
     for start in range(0, B, step):
@@ -223,6 +216,7 @@ def full_inputs(X, E, e_query):
     return Z, np.concatenate([np.zeros((B, d)), e_query], axis=1)
 
 
+@quiet
 def transformer(V, W, Z, z_query):
     """The model's output f = V Z softmax(Z^T W z_q), (A1)-(A3) (the paper).
 
@@ -258,15 +252,26 @@ def gradient_descent(params, loss_and_grads, learning_rate, steps):
     1 0.5 0.125
     2 0.25 0.03125
     """
-    _number(learning_rate=learning_rate)
+    learning_rate, steps = _numbers(above=0, learning_rate=learning_rate), _sizes(least=0, steps=steps)
+    _callable(loss_and_grads)
+    if not isinstance(params, tuple) or not params:
+        raise ValueError(f"params must be a tuple of at least one array; got {type(params).__name__} {params!r:.60}")
+    start = tuple(_reals(**{f"params[{k}]": param}) for k, param in enumerate(params))
+    return _descend(start, loss_and_grads, learning_rate, steps)
+
+
+def _callable(loss_and_grads):
     if not callable(loss_and_grads):
         raise ValueError(f"loss_and_grads must be callable; got {type(loss_and_grads).__name__}")
-    if steps != 0 or isinstance(steps, bool):
-        _sizes(steps=steps)
-    if not isinstance(params, tuple) or not params:
-        raise ValueError(f"params must be a tuple of at least one array; got {type(params).__name__}")
-    start = tuple(_real(**{f"params[{k}]": param}) for k, param in enumerate(params))
-    return _descend(start, loss_and_grads, learning_rate, steps)
+
+
+def _fits(result, params):
+    """Refuse what is not (loss, *grads) with a real gradient in the shape of each parameter."""
+    wanted = [np.shape(param) for param in params]
+    parts = [np.asarray(part) for part in result] if isinstance(result, tuple) else []
+    if [part.shape for part in parts[1:]] != wanted or any(part.dtype.kind not in "iuf" for part in parts):
+        raise ValueError(f"loss_and_grads must return (loss, *grads) with real gradients of shapes {wanted}; "
+                         f"got {[f'{part.dtype} {part.shape}' for part in parts] or type(result).__name__}")
 
 
 def _descend(params, loss_and_grads, learning_rate, steps):
@@ -274,13 +279,12 @@ def _descend(params, loss_and_grads, learning_rate, steps):
     for t in range(steps + 1):
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # overflow is an error below, not a warning
-                loss, *grads = loss_and_grads(*params)
+                result = loss_and_grads(*params)
         except OverflowError as error:
             raise FloatingPointError(f"{diverged}: at step {t} {error}") from None
-        if t == 0 and [np.shape(grad) for grad in grads] != [np.shape(param) for param in params]:
-            raise ValueError(f"loss_and_grads must return a gradient in the shape of each parameter, "
-                             f"{[np.shape(param) for param in params]}; "
-                             f"got {[np.shape(grad) for grad in grads]}")
+        if t == 0:
+            _fits(result, params)
+        loss, *grads = result
         if not np.isfinite(loss).all():
             raise FloatingPointError(f"{diverged}: the loss is not finite at step {t}")
         yield t, params, loss
@@ -303,10 +307,9 @@ def adam(loss_and_grads, steps, beta1=0.9, beta2=0.999):
     >>> [round(float(x), 3) for _, (x,), _ in run][:3]
     [5.0, 4.5, 4.002]
     """
-    _sizes(steps=steps)
-    _number(below=1.0, beta1=beta1, beta2=beta2)
-    if not callable(loss_and_grads):
-        raise ValueError(f"loss_and_grads must be callable; got {type(loss_and_grads).__name__}")
+    steps = _sizes(steps=steps)
+    beta1, beta2 = _numbers(above=0, below=1, beta1=beta1, beta2=beta2)
+    _callable(loss_and_grads)
     t, mean, square = 0, None, None
 
     def directions(*params):
@@ -334,8 +337,8 @@ def one_hot_recursion(T, q, d, eta, steps):
     >>> float(alpha), float(omega), float(loss)
     (0.5, 0.0, 0.0625)
     """
-    _sizes(many=True, T=T, q=q, d=d)
-    zero = np.zeros(np.broadcast_shapes(np.shape(T), np.shape(q), np.shape(d)))
+    T, q, d = _sizes(many=True, T=T, q=q, d=d)
+    zero, eta = np.zeros(_broadcast(T=T, q=q, d=d)), _numbers(above=0, eta=eta)
     return gradient_descent((zero, zero), lambda alpha, omega: _one_hot(alpha, omega, T, q, d), eta, steps)
 
 
@@ -354,9 +357,9 @@ def one_hot_loss_at(t, T, q, d, eta):
     >>> float(one_hot_loss_at(0, T=4, q=1, d=2, eta=1.0))
     0.75
     """
-    _sizes(T=T, q=q, d=d)
+    T, q, d = _sizes(T=T, q=q, d=d)
     _fewer(q, T)
-    _number(eta=eta)
+    eta = _numbers(above=0, eta=eta)
     t = _at_least_zero("t", t)
     r = T - q
     time = 2 * eta * d * r / (T - 1) * t
@@ -369,7 +372,7 @@ def one_hot_loss_at(t, T, q, d, eta):
 
 
 def _at_least_zero(name, value):
-    array = _real(**{name: value})
+    array = _reals(**{name: value})
     if (array < 0).any():
         raise ValueError(f"{name} must be >= 0; got {array.min()!s}")
     return array
@@ -390,9 +393,9 @@ def escape_time(T, q, d, eta):
     >>> round(escape_time(T=1024, q=2, d=4, eta=2.0) * 2.0 * 4 / 1024**2, 4)
     1.0419
     """
-    _sizes(T=T, q=q, d=d)
+    T, q, d = _sizes(T=T, q=q, d=d)
     _fewer(q, T, factor=2)
-    _number(eta=eta)
+    eta = _numbers(above=0, eta=eta)
     r = T - q
     at_optimum = (T - 1) / (eta * d * r) * (T * (T - 2 * q) + 2 * q * r * math.log(r / q))
     return float(at_optimum + T / eta * (math.log(T / q) - 1))
@@ -408,7 +411,7 @@ def largest_stable_eta(T, q, d):
     >>> round(largest_stable_eta(T=5, q=4, d=6), 3)
     2.177
     """
-    _sizes(T=T, q=q, d=d)
+    T, q, d = _sizes(T=T, q=q, d=d)
     if q == 1:
         return 2.0
     off_line = 0.0 if q == T else (T - q)**2 / (q**2 * (T - 2))  # q = T = 2 has no such term
@@ -428,13 +431,14 @@ def overlap_variance(q, d_e, query="dual"):
     >>> overlap_variance(q=3, d_e=8), overlap_variance(q=3, d_e=8, query="sum")
     (0.5, 0.375)
     """
-    _sizes(q=q, d_e=d_e)
+    q, d_e = _sizes(q=q, d_e=d_e)
     _choice("query", query, QUERIES)
     if query == "dual" and q > d_e:
         raise ValueError(f"q must be at most d_e = {d_e} for the dual query; got {q}")
     return q / (d_e - q + 1) if query == "dual" else q / d_e
 
 
+@quiet
 def overlap_loss(c, overlaps, q, d):
     """The loss at the best alpha, averaged over given overlaps, without cancellation (S4).
 
@@ -448,11 +452,12 @@ def overlap_loss(c, overlaps, q, d):
     >>> overlap_loss(0.0, [[1.0, 0.0, 0.0, 0.0]], q=1, d=2)
     0.75
     """
-    overlaps = _arrays("overlaps:BT", overlaps)
-    _sizes(T=overlaps.shape[1], q=q, d=d)
-    _fewer(q, overlaps.shape[1])
-    c = _real(c=c)
-    a = softmax(c * overlaps)
+    u = _arrays("overlaps:BT", overlaps)
+    T, q, d = _sizes(T=u.shape[1], q=q, d=d)
+    _fewer(q, T)
+    scores = _numbers(c=c) * u
+    _check_results(scores, overlaps=u)
+    a = softmax(scores)
     on, off = a[:, :q], a[:, q:]
     off_sq = np.einsum("bt,bt->b", off, off).mean()
     uneven = q * on.var(axis=1).mean()
@@ -462,9 +467,10 @@ def overlap_loss(c, overlaps, q, d):
 
 def _moments(c, T, q, sigma2):
     """p, M, v, h of (S5): the attention on y and the moments of e^{c(u-1)} summed off y."""
-    mu1, mu2 = np.exp(-c + c**2 * sigma2 / 2), np.exp(-2 * c + 2 * c**2 * sigma2)
-    v = (T - q) * (mu2 - np.exp(-2 * c + c**2 * sigma2))
-    h = (T - q) * (np.exp(-3 * c + 4.5 * c**2 * sigma2) - np.exp(-3 * c + 2.5 * c**2 * sigma2))
+    k = c * (c * sigma2)                                      # never above c/2, however large c is
+    mu1, mu2 = np.exp(-c + k / 2), np.exp(-2 * c + 2 * k)
+    v = (T - q) * (mu2 - np.exp(-2 * c + k))
+    h = (T - q) * (np.exp(-3 * c + 4.5 * k) - np.exp(-3 * c + 2.5 * k))
     return q / (q + (T - q) * mu1), (T - q) * mu2, v, h
 
 
@@ -474,13 +480,13 @@ def _best_alpha(p, M, q):
 
 def _sharpness(c, T, q, d, sigma2):
     """The door of the closed forms in c: c >= 0, and below the floor, where they stop being valid."""
-    _sizes(T=T, q=q, d=d)
+    T, q, d = _sizes(T=T, q=q, d=d)
     _fewer(q, T)
-    c, sigma2 = _at_least_zero("c", c), _at_least_zero("sigma2", sigma2)
-    if (2 * c * sigma2 > 1).any():
-        raise ValueError(f"c must be at most 1/(2 sigma2) = {1 / (2 * sigma2):g}, where the overlaps' tail "
-                         f"takes over; got {c.max():g}")
-    return c
+    c, sigma2 = _at_least_zero("c", c), _at_least_zero("sigma2", _numbers(sigma2=sigma2))
+    if (c * sigma2 > 0.5).any():
+        raise ValueError(f"c must be at most 1/(2 sigma2) = {0.5 / sigma2:g}, where the overlaps' tail "
+                         f"takes over; got {np.max(c):g}")
+    return c, T, q, d, sigma2
 
 
 def stochastic_loss(c, T, q, d, sigma2):
@@ -496,10 +502,11 @@ def stochastic_loss(c, T, q, d, sigma2):
     >>> float(stochastic_loss(0.0, T=4, q=1, d=2, sigma2=0.1))
     0.75
     """
-    c = _sharpness(c, T, q, d, sigma2)
+    c, T, q, d, sigma2 = _sharpness(c, T, q, d, sigma2)
     p, M, v, h = _moments(c, T, q, sigma2)
     q_plus_m = q / p
-    return d / (2 * q) * (M + q * (v / q_plus_m**2 - 2 * h / (q_plus_m * (q + M)))) / (q + M)
+    ratio = (M + q * (v / q_plus_m**2 - 2 * h / (q_plus_m * (q + M)))) / (q + M)
+    return d / (2 * q) * np.maximum(ratio, 0.0)               # near the floor the last term may overtake
 
 
 def stochastic_trajectory(t, T, q, d, d_e, eta):
@@ -515,9 +522,9 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     >>> round(float(loss / (4 / 6)), 4)
     0.0617
     """
-    _sizes(T=T, q=q, d=d, d_e=d_e)
+    T, q, d, d_e = _sizes(T=T, q=q, d=d, d_e=d_e)
     _fewer(q, T)
-    _number(eta=eta)
+    eta = _numbers(above=0, eta=eta)
     t, sigma2 = _at_least_zero("t", t), overlap_variance(q, d_e)
     grid = np.linspace(0.0, min(0.5 / sigma2, 40.0), 8001)
     p, M, _, _ = _moments(grid, T, q, sigma2)
@@ -533,6 +540,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     return c, _best_alpha(p, M, q), stochastic_loss(c, T, q, d, sigma2)
 
 
+@quiet
 def length_loss(alpha, c, T, q, d, sigma2):
     """The loss at V = alpha I, W = c I on sequences of length T, whatever length they were trained on (L1).
 
@@ -546,32 +554,37 @@ def length_loss(alpha, c, T, q, d, sigma2):
     >>> round(float(length_loss(1.03, 6.0, T=2048, q=3, d=4, sigma2=3 / 126)) * 6 / 4, 2)
     0.51
     """
-    c, alpha = _sharpness(c, T, q, d, sigma2), _real(alpha=alpha)
+    c, T, q, d, sigma2 = _sharpness(c, T, q, d, sigma2)
+    alpha, _ = _reals(alpha=alpha, c=c)
     p, M, v, _ = _moments(c, T, q, sigma2)
     spread = p**4 * v / q**3 + (p / q)**2 * M
-    return d / 2 * ((1 - alpha * p)**2 / q + alpha**2 * spread)  # the square completed: never negative
+    loss = d / 2 * ((1 - alpha * p)**2 / q + alpha**2 * spread)  # the square completed: never negative
+    _check_results(loss, alpha=alpha)
+    return loss
 
 
 def stochastic_floor(T, q, d, d_e, query="dual"):
     """The least loss over c that encodings of dimension d_e allow: (S8), and (S9) for the sum query.
 
-    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative. Sum, q >= 3:
-    L_0 min_c [c^2 (q-1)(q-2)/(q d_e) + ((T-q)/q) e^{-2c}]; at q = 1, 2 it is as the dual.
+    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative by 2 to 4 times. Sum, q >= 3: L_0 min_c M/(q+M) with
+    M = c^2 (q-1)(q-2)/d_e + (T-q) e^{-2c + 2c^2 tau^2} and tau^2 = (q + 2(q-1)/q)/d_e; at q = 1, 2 as the dual.
 
     Parameters: T, q, d, d_e : integers, q < T; query : "dual" or "sum"
     Returns: the loss, a float
     Raises: ValueError : sizes not integers >= 1, q >= T, unknown query
     References: Derived here.
     >>> round(stochastic_floor(T=32, q=3, d=4, d_e=128, query="sum") * 6 / 4, 2)
-    0.07
+    0.08
     """
-    _sizes(T=T, q=q, d=d, d_e=d_e)
+    T, q, d, d_e = _sizes(T=T, q=q, d=d, d_e=d_e)
     _fewer(q, T)
     _choice("query", query, QUERIES)
     if query == "dual" or q <= 2:
         return d / (2 * q) * (T - q) / q * math.exp(-d_e / (2 * q))                            # (S8)
-    c = np.linspace(0.0, math.log(T * d_e), 10**4)            # the minimum lies well inside
-    return float(d / (2 * q) * (c**2 * (q - 1) * (q - 2) / (q * d_e) + (T - q) / q * np.exp(-2 * c)).min())  # (S9)
+    tau2 = (q + 2 * (q - 1) / q) / d_e
+    c = np.linspace(0.0, min(math.log(T * d_e), 1 / (2 * tau2)), 10**4)        # the minimum lies inside
+    M = c**2 * (q - 1) * (q - 2) / d_e + (T - q) * np.exp(-2 * c + 2 * c**2 * tau2)            # (S9)
+    return float(d / (2 * q) * (M / (q + M)).min())
 
 
 def required_dimension(T, q, eps):
@@ -584,10 +597,10 @@ def required_dimension(T, q, eps):
     >>> required_dimension(T=1024, q=3, eps=0.01)
     63
     """
-    _sizes(T=T, q=q)
+    T, q = _sizes(T=T, q=q)
     _fewer(q, T)
-    _number(below=1.0, eps=eps)
-    return math.ceil(2 * q * math.log(T / (q * eps)))
+    eps = _numbers(above=0, below=1, eps=eps)
+    return math.ceil(2 * q * (math.log(T / q) - math.log(eps)))
 
 
 # ---- fully-connected networks (F) -------------------------------------------------------------------------
@@ -606,6 +619,7 @@ def fcn_inputs(X, selected):
     return np.concatenate([X.transpose(0, 2, 1).reshape(len(X), -1), selected], axis=1)
 
 
+@quiet
 def fcn(W1, b1, A, b2, inputs):
     """The two-layer network f = A relu(W1 x + b1) + b2 (F1).
 
@@ -633,7 +647,7 @@ def init_fcn(rng, m, T, d):
     [(3, 10), (3,), (4, 3), (4,)]
     """
     _generator(rng)
-    _sizes(m=m, T=T, d=d)
+    m, T, d = _sizes(m=m, T=T, d=d)
     n = T * d + T
     return (rng.standard_normal((m, n)) * math.sqrt(2 / n), np.zeros(m),
             rng.standard_normal((d, m)) / math.sqrt(m), np.zeros(d))
@@ -651,10 +665,7 @@ def fcn_loss_floor(m, T, q, d):
     >>> (fcn_loss_floor([0, 4, 16, 32], T=8, q=2, d=4) / (4 / 4)).round(3).tolist()
     [1.0, 0.75, 0.429, 0.0]
     """
-    _sizes(T=T, q=q, d=d)
-    m = np.asarray(m)
-    if m.dtype.kind not in "iu" or m.size == 0 or (m < 0).any():
-        raise ValueError(f"m must be an integer >= 0 or an array of them; got {m!r:.60}")
+    (T, q, d), m = _sizes(T=T, q=q, d=d), _sizes(many=True, least=0, m=m)
     beyond_mean = 0.0 if T == 1 else (T - q) / (T - 1) * np.maximum(1 - m / (T * d), 0.0)
     return d / (2 * q) * np.where(m <= d, 1 - q * m / (T * d), beyond_mean)
 
@@ -673,11 +684,13 @@ def fcn_first_layer_floor(W1, T, q, d):
     0.875
     """
     W1 = _arrays("W1:mn", W1)
-    _sizes(T=T, q=q, d=d)
+    T, q, d = _sizes(T=T, q=q, d=d)
     _finite(W1=W1)
     if W1.shape[1] < T * d:
         raise ValueError(f"W1 must have at least T d = {T * d} columns; got shape {W1.shape}")
-    rows = np.linalg.qr(W1[:, :T * d], mode="r")              # the same row space in at most Td rows
+    largest = abs(W1[:, :T * d]).max(axis=1, keepdims=True)   # a small row counts as much as a large one
+    rows = W1[:, :T * d] / np.where(largest > 0, largest, 1.0)
+    rows = np.linalg.qr(rows, mode="r")                       # the same row space in at most Td rows
     _, singular, directions = np.linalg.svd(rows)
     rank = int((singular > max(W1.shape) * np.finfo(float).eps * singular[0]).sum())
     unseen = directions[rank:].reshape(-1, T, d)              # an orthonormal basis of what W1 does not see
@@ -697,8 +710,7 @@ def exact_fcn(T, q, d, K=8.0):
     >>> fcn(*exact_fcn(T=2, q=1, d=1), fcn_inputs([[[0.5, 7.0]]], [[1, 0]])).tolist()
     [[0.5]]
     """
-    _sizes(T=T, q=q, d=d)
-    _number(K=K)
+    (T, q, d), K = _sizes(T=T, q=q, d=d), _numbers(above=0, K=K)
     G = 2 * K + 2
     W1 = np.hstack([np.eye(T * d), G * np.repeat(np.eye(T), d, axis=0)])
     return W1, np.full(T * d, float(K - G)), np.tile(np.eye(d), T) / q, np.full(d, -float(K))
