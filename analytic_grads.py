@@ -7,7 +7,12 @@ returns (loss, *grads), the gradients in the order and shape of the parameters.
 import numpy as np
 
 PIECE = 2**17  # numbers of Z (1 MB) worked on at a time, so that they stay in cache for all four uses
-quiet = np.errstate(over="ignore", invalid="ignore")  # an overflow is raised as an error, not warned of
+
+
+
+def quiet(function):
+    """No warning of an overflow: it is raised as an error, by `_check_results`."""
+    return np.errstate(over="ignore", invalid="ignore")(function)
 
 
 # ---- the door: what each function asks of its arguments -------------------------------------------
@@ -222,7 +227,8 @@ def population_loss_and_grads(V, W, E, e_query, selected):
 def _one_hot(alpha, omega, T, q, d):
     """`one_hot_loss_and_grads` without the door, for recursions that check once."""
     shift = np.maximum(omega, 0.0)
-    on, off = np.exp(np.maximum(omega - shift, -700.0)), np.exp(-shift)  # -700: never 0/0, q = T included
+    # Never 0/0: at q = T there is no position off y, and a weight on y is at least e^-700.
+    on, off = np.exp(np.maximum(omega - shift, -700.0)), np.exp(-shift) * np.less(q, T)
     total = q * on + (T - q) * off
     a_on, a_off = on / total, off / total        # attention on one selected, on one other position
     p, rest = q * a_on, (T - q) * a_off          # their sums: p on y, 1 - p elsewhere

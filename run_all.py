@@ -7,12 +7,22 @@ import argparse
 import csv
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import NormalDist
 
+
+def interrupted(*_):
+    """Ctrl-C: one line instead of a traceback; files already moved into place are whole."""
+    print("\nrun_all.py: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)  # before the imports, which take a moment
 os.environ["MPLBACKEND"] = "agg"  # whatever it said before: no display is needed
 
 import matplotlib
@@ -439,13 +449,13 @@ def reporter(place, start):
 
 def trace(steps, T, q, d, eta):
     """Each update of matrix descent over all subsets next to the update that (O1)-(O4) predict."""
-    one_hot_loss_and_grads(0.0, 0.0, T, q, d)  # refuses sizes that do not fit, by name, before any line is printed
+    one_hot_loss_and_grads(0.0, 0.0, T, q, d)  # refuses sizes that do not fit, by name
+    descent, alpha, omega = matrix_descent(T, q, d, eta, steps), 0.0, 0.0
+    (t, (V, W), loss), centre, identity = next(descent), np.eye(T) - 1 / T, np.eye(d)
     print(f"T = {T}, q = {q}, d = {d}, eta = {eta:g}, one-hot encodings, all {math.comb(T, q)} subsets, "
           f"from V = 0, W = 0\ncode : V, W and grad_V, grad_W of population_loss_and_grads (P2, P4)\n"
           f"proof: V = alpha I, W = omega (I - 11^T/T) (O1), alpha and omega moved by (O3, O4)")
-    centre, identity = np.eye(T) - 1 / T, np.eye(d)
-    code, alpha, omega = list(matrix_descent(T, q, d, eta, steps)), 0.0, 0.0
-    for (t, (V, W), loss), (_, (V_next, W_next), _) in zip(code, code[1:]):
+    for t_next, (V_next, W_next), loss_next in descent:
         proof_loss, grad_alpha, grad_omega = one_hot_loss_and_grads(alpha, omega, T, q, d)
         rows = [("loss", loss, proof_loss, "(O2)"), ("V", V, alpha * identity, "(O1)"),
                 ("W", W, omega * centre, "(O1)"),
@@ -456,6 +466,7 @@ def trace(steps, T, q, d, eta):
             print(f"  {name:9s}code {shown_entries(left)}   proof {shown_entries(right)} {tag}   "
                   f"largest difference {np.max(np.abs(left - right)):.1e}")
         alpha, omega = alpha - eta * grad_alpha, omega - eta * grad_omega
+        t, V, W, loss = t_next, V_next, W_next, loss_next
 
 
 def shown_entries(matrix):
@@ -618,9 +629,9 @@ def main(argv=None):
     except FloatingPointError as error:
         print(f"\nrun_all.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nrun_all.py: interrupted; files already written are whole", file=sys.stderr)
-        return 130
+    except BrokenPipeError:  # the reader has gone, as in `--trace 9 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

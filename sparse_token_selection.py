@@ -289,7 +289,8 @@ def _descend(params, loss_and_grads, learning_rate, steps):
             raise FloatingPointError(f"{diverged}: the loss is not finite at step {t}")
         yield t, params, loss
         if t < steps:
-            params = tuple(param - learning_rate * grad for param, grad in zip(params, grads))
+            with np.errstate(over="ignore", invalid="ignore"):
+                params = tuple(param - learning_rate * grad for param, grad in zip(params, grads))
             if not all(np.isfinite(param).all() for param in params):
                 raise FloatingPointError(f"{diverged}: a parameter is not finite after step {t + 1}")
 
