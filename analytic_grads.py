@@ -10,7 +10,7 @@ PIECE = 2**17  # numbers of Z (1 MB) worked on at a time, so that they stay in c
 
 
 
-def quiet(function):
+def _quiet(function):
     """No warning of an overflow: it is raised as an error, by `_check_results`."""
     return np.errstate(over="ignore", invalid="ignore")(function)
 
@@ -121,7 +121,7 @@ def _check_results(*results, **inputs):
 
 # ---- attention (A) --------------------------------------------------------------------------------
 
-@quiet
+@_quiet
 def softmax(scores):
     """Softmax over the last axis (A2): a_i = e^{s_i} / sum_j e^{s_j}.
 
@@ -143,7 +143,7 @@ def softmax(scores):
     return weights
 
 
-@quiet
+@_quiet
 def attention_loss_and_grads(V, W, Z, z_query, target):
     """Loss and gradients of one softmax-attention layer f = V Z softmax(Z^T W z_q) (A1)-(A8).
 
@@ -184,7 +184,7 @@ def attention_loss_and_grads(V, W, Z, z_query, target):
 
 # ---- the population: exact over X (P), one-hot encodings (O), stochastic encodings (S) ---------------
 
-@quiet
+@_quiet
 def population_loss_and_grads(V, W, E, e_query, selected):
     """Population loss and gradients of f = V X softmax(E^T W e_y), exact over X (P1)-(P4).
 
@@ -240,7 +240,7 @@ def _one_hot(alpha, omega, T, q, d):
     return loss, grad_alpha, grad_omega
 
 
-@quiet
+@_quiet
 def one_hot_loss_and_grads(alpha, omega, T, q, d):
     """Loss and gradients on the line V = alpha I, W = omega (I - 11^T/T), orthonormal E (O2)-(O4).
 
@@ -264,7 +264,7 @@ def one_hot_loss_and_grads(alpha, omega, T, q, d):
     return loss, grad_alpha, grad_omega
 
 
-@quiet
+@_quiet
 def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
     """Loss and gradients on the line V = alpha I, W = c I, from overlaps u = E^T e_y (S2, S3).
 
@@ -301,7 +301,7 @@ def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
 
 # ---- fully-connected network (F) -------------------------------------------------------------------
 
-@quiet
+@_quiet
 def fcn_loss_and_grads(W1, b1, A, b2, inputs, target):
     """Loss and gradients of the two-layer network f = A relu(W1 x + b1) + b2 (F1, F2).
 

@@ -9,8 +9,8 @@ import math
 
 import numpy as np
 
-from analytic_grads import (_arrays, _broadcast, _check_results, _finite, _numbers, _one_hot, _reals,
-                            _selection, _sizes, quiet, softmax)
+from analytic_grads import (_arrays, _broadcast, _check_results, _finite, _numbers, _one_hot, _quiet,
+                            _reals, _selection, _sizes, softmax)
 
 # ---- the task -------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ def sample_batch(rng, B, T, q, d, tokens="gaussian"):
     return X, selected
 
 
-@quiet
+@_quiet
 def sts(X, selected):
     """The target STS_q(X, y) = (1/q) sum_{i in y} x_i (the paper).
 
@@ -129,7 +129,7 @@ def _encodings(E, selected):
     return E, selected, _selection(selected)
 
 
-@quiet
+@_quiet
 def sum_query(E, selected):
     """The query e_y = sum_{i in y} e_i.
 
@@ -145,7 +145,7 @@ def sum_query(E, selected):
     return e_query
 
 
-@quiet
+@_quiet
 def dual_query(E, selected):
     """The query of least norm with <e_i, e_y> = 1 on y, in least squares: e_y = E_y (E_y^T E_y)^+ 1.
 
@@ -216,7 +216,7 @@ def full_inputs(X, E, e_query):
     return Z, np.concatenate([np.zeros((B, d)), e_query], axis=1)
 
 
-@quiet
+@_quiet
 def transformer(V, W, Z, z_query):
     """The model's output f = V Z softmax(Z^T W z_q), (A1)-(A3) (the paper).
 
@@ -439,7 +439,7 @@ def overlap_variance(q, d_e, query="dual"):
     return q / (d_e - q + 1) if query == "dual" else q / d_e
 
 
-@quiet
+@_quiet
 def overlap_loss(c, overlaps, q, d):
     """The loss at the best alpha, averaged over given overlaps, without cancellation (S4).
 
@@ -541,7 +541,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     return c, _best_alpha(p, M, q), stochastic_loss(c, T, q, d, sigma2)
 
 
-@quiet
+@_quiet
 def length_loss(alpha, c, T, q, d, sigma2):
     """The loss at V = alpha I, W = c I on sequences of length T, whatever length they were trained on (L1).
 
@@ -620,7 +620,7 @@ def fcn_inputs(X, selected):
     return np.concatenate([X.transpose(0, 2, 1).reshape(len(X), -1), selected], axis=1)
 
 
-@quiet
+@_quiet
 def fcn(W1, b1, A, b2, inputs):
     """The two-layer network f = A relu(W1 x + b1) + b2 (F1).
 
