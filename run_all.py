@@ -5,6 +5,7 @@ the panel that tells its story on its own. A claim is a number predicted, a numb
 """
 import argparse
 import csv
+import itertools
 import math
 import os
 import signal
@@ -143,7 +144,8 @@ def dynamics(rng, quick, progress):
     # set-up
     late_T, q, d, eta, late = 16, 3, 5, 1.0, 20_000 if quick else 100_000
     escape_T, escape_eta = np.array([64, 128, 256] if quick else [64, 128, 256, 512, 1024, 2048]), 7.0
-    mid = {"T": 256, "q": 4, "d": 4, "eta": 2.0}
+    mid = {"T": 256, "q": 4, "d": 4, "eta": 7.0 if quick else 2.0}
+    beside, beside_steps = (0.05, 600) if quick else (0.01, 2500)  # off the stable eta, by this fraction
 
     # run
     times = log_steps(late, 120)
@@ -177,7 +179,7 @@ def dynamics(rng, quick, progress):
     lag = (mid_times - mid["T"] / mid["eta"]) / one_hot_time(mid_z, **mid) - 1
 
     stable = sts.largest_stable_eta(5, 4, 6)
-    below, above = (off_the_line(5, 4, 6, factor * stable, 2500) for factor in (0.99, 1.01))
+    below, above = (off_the_line(5, 4, 6, factor * stable, beside_steps) for factor in (1 - beside, 1 + beside))
     on_line = off_the_line(8, 3, 5, 1.0, 1000)
     full = [params[0] for _, params, _ in sts.one_hot_recursion(6, 6, 5, 2.0, 200)]
     full_error = max(abs(1 - alpha - (1 - 2.0 / 6)**t) for t, alpha in enumerate(full))
@@ -228,8 +230,8 @@ def dynamics(rng, quick, progress):
     return fig, [
         claim("O1", "matrix descent stays on the two scalars, 1,000 steps: largest difference",
               "derived here", "<=", 0, on_line, 1e-12),
-        claim("O5-below", "just below the stable eta it stays, 2,500 steps", "derived here", "<=", 0, below, 1e-12),
-        claim("O5-above", "just above the stable eta it leaves", "derived here", ">=", 1e-6, above),
+        claim("O5-below", f"{beside:.0%} below the stable eta it stays, {beside_steps} steps", "derived here", "<=", 0, below, 1e-12),
+        claim("O5-above", f"{beside:.0%} above the stable eta it leaves", "derived here", ">=", 1e-6, above),
         claim("C4", f"L 4 eta t/(T-1) at t = {late}", "derived here", "=", 1,
               late_loss[-1] * 4 * eta * late / (late_T - 1), 0.005 * looser),
         claim("C4-slope", "slope of log L against log t, last decade", "derived here", "=", -1, slope, 0.01 * looser),
@@ -242,7 +244,7 @@ def dynamics(rng, quick, progress):
         claim("C5-limit", "and stays above it: smallest", "derived here", ">=", 1, scaled.min()),
         claim("C3", "(C1, C3) over the recursion, to a third of the escape and from ten escapes on: worst error",
               "derived here", "<=", 0, mid_error[early_or_late].max(), 0.01),
-        claim("C3-between", f"between: alpha's lag in time is at most d/(16q) (in loss up to "
+        claim("C3-between", f"between: alpha's lag in time is below about d/(16q) (in loss up to "
               f"{mid_error[~early_or_late].max():.0%}, on the cliff)", "derived here", "<=",
               mid["d"] / (16 * mid["q"]), lag[~early_or_late].max()),
         claim("O-full", "q = T: 1 - alpha = (1 - eta/q)^t", "derived here", "<=", 0, full_error, 1e-12),
@@ -332,7 +334,7 @@ def matrices(rng, quick, progress):
     deviations = {}
     for tokens in sts.TOKENS:
         progress(f"population against samples, {tokens} tokens")
-        deviations[tokens], bound = population_check(rng, tokens, 100 if quick else 400)
+        deviations[tokens], bound = population_check(rng, tokens, 60 if quick else 400)
     progress("cross blocks")
     sizes = np.array([64, 256, 1024] if quick else [64, 256, 1024, 4096])
     cross, content = cross_block_check(rng, sizes, 30 if quick else 100)
@@ -988,7 +990,283 @@ def separation(rng, quick, progress):
     ], on_samples
 
 
-EXPERIMENTS = {run.__name__: run for run in (dynamics, matrices, stochastic, length, floor, separation)}
+# ---- 7. beyond the paper: one fixed set of encodings (O, L) -------------------------------------------------
+
+def fixed_descent(E, q, d, eta, steps):
+    """Matrix descent with one set of encodings throughout, the population over all subsets."""
+    selected = sts.all_subsets(E.shape[1], q)
+    whole = E, sts.dual_query(E, selected), selected
+    return descend(population_loss_and_grads, lambda: whole, (d, d), len(E), eta, steps)
+
+
+def fixed(rng, quick, progress):
+    """A random set, kept fixed, fits itself and little else; an orthonormal one follows the one-hot law."""
+    # set-up
+    T, q, d, eta, steps = (16, 2, 8, 2.5, 300) if quick else (20, 2, 8, 2.5, 600)
+    L_0, centre, times = d / (2 * q), np.eye(T) - 1 / T, log_steps(steps, 25)
+    sizes = np.array([T // 2, 3 * T // 4, 2 * T] if quick else [5, 10, 15, 20, 30, 40, 80])
+    first, longer = (np.arange(T) < q) * np.ones((1024, 1)), sts.all_subsets(2 * T, q)
+
+    # run
+    law, orthonormal, off_line = list(sts.one_hot_recursion(T, q, d, eta, 1000)), {}, 0.0
+    for d_e in (2 * T,) if quick else (T, 2 * T):
+        progress(f"orthonormal set, d_e = {d_e}")
+        E = np.linalg.qr(rng.standard_normal((d_e, T)))[0]
+        direction, orthonormal[d_e] = E @ centre @ E.T, []
+        for (_, (V, W), loss), (_, (alpha, omega), _) in zip(fixed_descent(E, q, d, eta, 1000), law):
+            off_line = max(off_line, abs(V - alpha * np.eye(d)).max(), abs(W - omega * direction).max())  # (O1)
+            orthonormal[d_e].append(loss / L_0)
+    paths, found, floor, off_span = {}, {}, {}, 0.0
+    for d_e in sizes.tolist():
+        if d_e < T:
+            u = sts.overlaps(rng, 8000, T, q, d_e)
+            floor[d_e] = min(sts.overlap_loss(c, u, q, d) for c in np.linspace(1, 16, 31)) / L_0       # (S4)
+        fresh, paths[d_e], found[d_e] = sts.random_sign_encoding(rng, d_e, T, len(first)), [], []
+        for _ in range(5 if d_e < T else 2):  # below T sets differ, and it is their mean that is below the floor
+            E_2T = sts.random_sign_encoding(rng, d_e, 2 * T)
+            E = E_2T[:, :T]
+            states = record(fixed_descent(E, q, d, eta, steps), times, progress, f"random set, d_e = {d_e}")
+            _, (V, W), own = states[-1]
+            elsewhere = [population_loss_and_grads(V, W, other, sts.dual_query(other, y), y)[0] / L_0
+                         for other, y in ((fresh, first), (E_2T, longer))]
+            span = E @ np.linalg.pinv(E)
+            to_I, to_span = cosine(W, np.eye(d_e)), cosine(W, span)
+            off_span = max(off_span, abs(to_I - to_span * math.sqrt(np.trace(span) / d_e)))
+            paths[d_e].append([loss / L_0 for _, _, loss in states])
+            found[d_e].append([own / L_0, *elsewhere, to_I, to_span, cosine(W, E @ centre @ E.T)])
+    mean = np.array([np.mean(rows, axis=0) for rows in found.values()])
+
+    # draw
+    fig, (left, middle, right) = figure(f"T = {T}: loss on the set itself", "After training: there and elsewhere",
+                                        "Where W points")
+    for d_e, colour in zip(sizes[1::2].tolist(), (RED, ORANGE, GREEN)):
+        left.plot(times, np.mean(paths[d_e], axis=0), ".-", color=colour, lw=1, label=f"random, d_e = {d_e}")
+    for (d_e, losses), marker, size in zip(orthonormal.items(), "ox", (7, 5)):
+        left.plot(times, np.array(losses)[times], marker, color=BLUE, markersize=size, fillstyle="none",
+                  label=f"orthonormal, d_e = {d_e}")
+    left.plot(times, [law[t][2] / L_0 for t in times], label="one-hot law (O2)-(O4)", **PREDICTED)
+    log_axes(left, "gradient steps t", "loss L / L₀")
+
+    def sets(ax, columns, labels):
+        for k, label, colour, marker in zip(columns, labels, (BLUE, ORANGE, GREEN), "os^"):
+            each = [(d_e, row[k]) for d_e, rows in found.items() for row in rows]
+            ax.plot(*zip(*each), marker, color=colour, alpha=0.3)
+            ax.plot(sizes, mean[:, k], marker + "-", color=colour, lw=1, label=label)
+
+    def there_and_elsewhere(ax):
+        sets(ax, (0, 1, 2), ("on its own set", "on fresh encodings", "on its set extended to 2T"))
+        ax.plot(list(floor), list(floor.values()), "D", color=PINK, label="stochastic: floor")
+        grid = np.arange(math.ceil(2 * q * math.log(T / q)), 1.3 * T, dtype=int).tolist()
+        bound = [sts.stochastic_floor(T, q, d, d_e) / L_0 for d_e in grid]
+        ax.plot(grid, bound, label="its bound (S8)", **PREDICTED)
+        log_axes(ax, "dimension of the encodings d_e", "loss L / L₀")
+        ax.set_xticks(sizes, sizes)
+        ax.minorticks_off()
+        ax.set_ylim(bottom=ax.get_ylim()[0] / 5)
+        ax.legend(fontsize=8.5, loc="lower left")
+    there_and_elsewhere(middle)
+    sets(right, (3, 4, 5), ("I", "projector P on the span of E", "E (I - 11ᵀ/T) Eᵀ"))
+    from_P = mean[:, 4] * np.sqrt(np.minimum(1, T / sizes))
+    right.plot(sizes, from_P, label="I from P: times √(T/d_e)", **PREDICTED)
+    right.set(xscale="log", ylim=(0, 1.05), xlabel="dimension of the encodings d_e", ylabel="cosine of W with ...")
+    right.set_xticks(sizes, sizes)
+    right.minorticks_off()
+    left.legend(fontsize=8.5, loc="lower left")
+    right.legend(fontsize=8.5, loc="lower left")
+
+    # claims
+    floors = np.array(list(floor.values()))  # of the first sizes
+    return fig, [
+        claim("O-orthonormal", "orthonormal sets: V and W off the scalars of (O3, O4), 1,000 steps",
+              "derived here", "<=", 0, off_line, 1e-10),
+        claim("fixed-own", f"fixed sets, d_e < T = {T}: own loss (mean of sets) over the stochastic floor: worst",
+              "measured", "<=", 1, (mean[:len(floors), 0] / floors).max()),
+        claim("fixed-fresh", "and on fresh encodings over that floor: worst", "measured", ">=", 1,
+              (mean[:len(floors), 1] / floors).min()),
+        claim("fixed-span", "W = P W, P the projector on the span of E: cos(W, I) = cos(W, P) sqrt(rank E/d_e)",
+              "derived here", "<=", 0, off_span, 1e-12),
+    ], there_and_elsewhere
+
+
+# ---- 8. beyond the paper: finitely many sequences (N) -------------------------------------------------------
+
+def sequence_loss_and_grads(V, W, X, E, e_query, target):
+    """S data sets of n sequences at once: the loss, and the gradients of V_1 and W_22 alone (A1)-(A8).
+
+    V (S, d, d), W (S, d_e, d_e), X (S, n, d, T), E (S, d_e, T), e_query (S, n, d_e), target (S, n, d). V_2 and
+    W_12 are held at 0, as in the population. Free, they only get noise under fresh encodings (N1-cross), no drift,
+    but they overfit under fixed ones (at n = 6T the test loss is .2 to .4 L_0): this is attention at its best."""
+    a = softmax(e_query @ W.swapaxes(1, 2) @ E)
+    Xa = (X @ a[..., None])[..., 0]
+    r = Xa @ V.swapaxes(1, 2) - target
+    g = ((r @ V)[:, :, None] @ X)[:, :, 0]
+    grad_s = a * (g - (a * g).sum(axis=2, keepdims=True))
+    n = X.shape[1]
+    return (r**2).sum(axis=(1, 2)) / (2 * n), r.swapaxes(1, 2) @ Xa / n, E @ grad_s.swapaxes(1, 2) @ e_query / n
+
+
+def dual_pairs(E, selected):
+    """`dual_query` at q = 2 for S sets at once: 2 e/||e||^2, e the sum of the two (0 if they are opposite)."""
+    e = selected @ E.swapaxes(1, 2)
+    return 2 * e / np.maximum((e**2).sum(axis=-1, keepdims=True), 1e-9)
+
+
+def sign_patterns(rng, c=1.5):
+    """(N1): gradients of the full model on 3 sequences at W = c I for all 2^6 sign patterns of E, T = 3, d_e = 2,
+    and the largest difference of `sequence_loss_and_grads` from them."""
+    X, selected = sts.sample_batch(rng, 3, 3, 2, 2)
+    V, W, target = np.zeros((2, 4)), np.diag([0, 0, c, c]), sts.sts(X, selected)
+    V[:, :2] = rng.standard_normal((2, 2))
+    signs = np.array(list(itertools.product((-1, 1), repeat=6))).reshape(64, 2, 3) / math.sqrt(2)
+    full = [attention_loss_and_grads(V, W, *sts.full_inputs(X, E, sts.dual_query(E, selected)), target)
+            for E in signs]
+    grad_V, grad_W = (np.array([grads[k] for grads in full]) for k in (1, 2))
+    _, own_V, own_W = sequence_loss_and_grads(V[None, :, :2], W[None, 2:, 2:], X[None], signs,
+                                              dual_pairs(signs, selected), target[None])
+    return grad_V, grad_W, max(abs(own_V - grad_V[:, :, :2]).max(), abs(own_W - grad_W[:, 2:, 2:]).max())
+
+
+def fcn_test(rng, S, n, T, d, steps):
+    """Test losses of S networks of width 2Td, each trained on n sequences by Adam."""
+    test, losses = sts.sample_batch(rng, 500, T, 2, d), []
+    for _ in range(S):
+        train = sts.sample_batch(rng, n, T, 2, d)
+        inputs, target = sts.fcn_inputs(*train), sts.sts(*train)
+        *_, (_, net, _) = sts.gradient_descent(sts.init_fcn(rng, 2 * T * d, T, d), sts.adam(
+            lambda *net: fcn_loss_and_grads(*net, inputs, target), steps), 6e-3, steps)
+        losses.append(fcn_loss_and_grads(*net, sts.fcn_inputs(*test), sts.sts(*test))[0])
+    return losses
+
+
+def attention_test(rng, kind, S, n, T, d, time, fresh):
+    """Test losses after full-batch descent to eta * steps = time on S data sets of n sequences: on each set's own
+    encodings, or on the `fresh` ones if they are drawn afresh ("stochastic"), one set a step for all n."""
+    X, selected = sts.sample_batch(rng, S * n, T, 2, d)
+    target = sts.sts(X, selected).reshape(S, n, d)
+    X, selected = X.reshape(S, n, d, T), selected.reshape(S, n, T)
+    d_e = {"stochastic": 32, "fixed": 64, "one-hot": T}[kind]
+    E = np.eye(T) * np.ones((S, 1, 1)) if kind == "one-hot" else sts.random_sign_encoding(rng, d_e, T, S)
+
+    def encodings():
+        e_query = dual_pairs(E, selected)
+        while kind != "stochastic":
+            yield E, e_query
+        while True:
+            for signs in sts.random_sign_encoding(rng, d_e, T, 64 * S).reshape(64, S, d_e, T):
+                yield signs, dual_pairs(signs, selected)
+    pairs = encodings()
+    curvature = np.linalg.eigvalsh(target.swapaxes(1, 2) @ target / n).max()  # of V once attention is on y
+    steps = math.ceil(time * curvature / 1.6)                                 # eta at most 0.8 times 2/curvature
+    *_, (_, (V, W), _) = sts.gradient_descent(
+        (np.zeros((S, d, d)), np.zeros((S, d_e, d_e))),
+        lambda V, W: sequence_loss_and_grads(V, W, X, *next(pairs), target), time / steps, steps)
+    y = sts.all_subsets(T, 2)
+    scores = dual_pairs(E, y) @ W.swapaxes(1, 2) @ E
+    if kind == "stochastic":
+        y = (np.arange(T) < 2) * np.ones((len(fresh), 1))  # by symmetry any y will do
+        scores = ((sts.dual_query(fresh, y) @ W.swapaxes(1, 2)).swapaxes(0, 1) @ fresh).swapaxes(0, 1)
+    return [population_loss_and_grads(v, np.eye(T), np.eye(T), s, y)[0] for v, s in zip(V, scores)]
+
+
+def crossing(n, loss, level=0.1):
+    """The n from which on the loss is below the level, interpolated on log axes; nan if it never is or always."""
+    k = max(np.flatnonzero(loss > level), default=-1)
+    if not 0 <= k < len(n) - 1:
+        return math.nan
+    return n[k] * (n[k + 1] / n[k])**(math.log(loss[k] / level) / math.log(loss[k] / loss[k + 1]))
+
+
+def samples(rng, quick, progress):
+    """n fixed sequences: with fresh encodings n need only grow like d, with fixed ones it grows like T."""
+    # set-up
+    lengths, dims, time, most = ((8, 16), (16,), 8000, 7) if quick else ((8, 20), (10, 16), 12_000, 9)  # q = 2
+    over_d = np.array([1/2, 7/8, 1, 5/4, 3/2, 2, 4, 32])
+    over_T = np.array([1, 2, 3, 4, 6] if quick else [1/2, 1, 2, 3, 4, 8])
+    fcn_over_d = np.array([1/2, 4] if quick else [1/2, 4, 32])
+
+    # run
+    grad_V, grad_W, gradient_error = sign_patterns(rng)
+    mean_V, mean_W = grad_V.mean(axis=0), grad_W.mean(axis=0)
+    found = {}
+    for T, d in itertools.product(lengths, dims):
+        fresh = sts.random_sign_encoding(rng, 32, T, 1024)
+        for kind in ("stochastic", "fixed", "one-hot", "fcn")[:None if d == dims[0] else 3]:
+            n = {"stochastic": over_d * d, "fcn": fcn_over_d * d}.get(kind, over_T * T).astype(int)
+            losses = []
+            for size in n.tolist():
+                progress(f"{kind}, T = {T}, d = {d}, n = {size}")
+                S = 3 if kind == "fcn" or size > 4 * d else most if kind == "stochastic" else 5
+                losses.append(fcn_test(rng, S, size, T, d, 50) if kind == "fcn" else attention_test(
+                    rng, kind, S, size, T, d, time / d if kind == "stochastic" else 300 * T / d, fresh))
+            losses = [np.array(row) * 4 / d for row in losses]  # over L_0 = d/4
+            found[kind, T, d] = n, np.array([np.median(row) for row in losses]), losses
+
+    # draw
+    fig, (left, middle, right) = figure("Stochastic encodings: n over d", "Fixed encodings: n over T",
+                                        f"All at T = {lengths[1]}, d = {dims[0]}")
+
+    def curve(ax, key, unit, colour, marker, **style):
+        n, median, losses = found[key]
+        spread = abs(median - [[row.min() for row in losses], [row.max() for row in losses]])
+        ax.errorbar(n / unit, median, spread, color=colour, marker=marker, lw=1, elinewidth=0.7, **style)
+    for (T, colour, marker), (d, fill) in itertools.product(zip(lengths, (BLUE, RED), "os"),
+                                                            zip(dims, ("full", "none"))):
+        curve(left, ("stochastic", T, d), d, colour, marker, fillstyle=fill, label=f"T = {T}, d = {d}")
+        curve(middle, ("fixed", T, d), T, colour, marker, fillstyle=fill)
+        curve(middle, ("one-hot", T, d), T, colour, marker, fillstyle=fill, linestyle=":")
+
+    def everyone(ax):
+        for kind, colour, marker in (("fcn", "grey", "D"), ("one-hot", ORANGE, "^"), ("fixed", GREEN, "s"),
+                                     ("stochastic", BLUE, "o")):
+            label = {"fcn": "FCN, 2Td neurons", "fixed": "fixed, random"}.get(kind, kind)
+            curve(ax, (kind, lengths[1], dims[0]), 1, colour, marker, label=label)
+        log_axes(ax, "training sequences n", "test loss L / L₀")
+        ax.set_ylim(bottom=1e-3)
+        ax.legend(fontsize=8.5, loc="lower left")
+    everyone(right)
+    log_axes(left, "training sequences per dimension, n/d", "test loss L / L₀")
+    log_axes(middle, "training sequences per position, n/T", "test loss L / L₀")
+    for ax, ticks in ((left, (0.5, 1, 2, 4, 32)), (middle, over_T)):
+        ax.axhline(0.1, color="grey", lw=0.8)
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+    middle.plot([], color="black", lw=1, label="random, d_e = 64; colours as left")
+    middle.plot([], ":", color="black", lw=1, label="one-hot")
+    left.legend(fontsize=8.5)
+    middle.legend(fontsize=8.5, loc="lower left")
+
+    # claims
+    def over_dims(value):  # the geometric mean over d: one law in n/d, so both are draws of it
+        return math.exp(np.mean([math.log(value(d)) for d in dims]))
+
+    def growth(kind):
+        short, long = (over_dims(lambda d: crossing(*found[kind, T, d][:2])) for T in lengths)
+        return long / short
+    median = {(T, d): found["stochastic", T, d][1] for T in lengths for d in dims}
+    ratio, text = lengths[1] / lengths[0], f"n for 0.1 L_0 (V_1, W_22 alone), T = {lengths[1]} over {lengths[0]}"
+    return fig, [
+        claim("N1", "3 sequences, W = c I: grad W over all 2^6 sign patterns is a multiple of I: deviation",
+              "derived here", "<=", 0, abs(mean_W[2:, 2:] - mean_W[2, 2] * np.eye(2)).max(), 1e-14),
+        claim("N1-cross", "and the gradients of the cross blocks V_2, W_12 average to 0", "derived here", "<=", 0,
+              max(abs(mean_V[:, 2:]).max(), abs(mean_W[:2, 2:]).max()), 1e-14),
+        claim("N-gradient", "gradients on sequences against (A5, A8), each pattern: largest difference",
+              "derived here", "<=", 0, gradient_error, 1e-14),
+        claim("N-enough", "stochastic: test loss at n = 4d over n = 32d, mean over d: larger of the two T",
+              "measured", "<=", 1.5,
+              max(over_dims(lambda d: median[T, d][-2] / median[T, d][-1]) for T in lengths)),
+        claim("N-peak", "stochastic: log2(n/d) at the largest test loss, between -1 and 1", "measured", "=", 0,
+              max((math.log2(over_d[row.argmax()]) for row in median.values()), key=abs), 0.99),
+        claim("N-scaling-stochastic", f"stochastic: {text}, mean over d", "measured", "<=", 1.5,
+              growth("stochastic")),
+        *(claim(f"N-scaling-{kind}", f"{kind}: {text}, mean over d", "measured", "=", ratio,
+                growth(kind), 0.4 * ratio) for kind in ("fixed", "one-hot")),
+        claim("N-fcn", f"FCN of width 2Td, n up to {fcn_over_d[-1]:g}d: least test loss over L_0", "measured",
+              ">=", 1, min(found["fcn", T, dims[0]][1].min() for T in lengths)),
+    ], everyone
+
+
+EXPERIMENTS = {run.__name__: run for run in (dynamics, matrices, stochastic, length, floor, separation, fixed,
+                                              samples)}
 
 
 # ---- the command line -----------------------------------------------------------------------------------

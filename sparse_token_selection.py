@@ -567,7 +567,7 @@ def length_loss(alpha, c, T, q, d, sigma2):
 def stochastic_floor(T, q, d, d_e, query="dual"):
     """The least loss over c that encodings of dimension d_e allow: (S8), and (S9) for the sum query.
 
-    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative by 2 to 4 times. Sum, q >= 3: L_0 min_c M/(q+M) with
+    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative by 1.5 to 4 times. Sum, q >= 3: L_0 min_c M/(q+M) with
     M = c^2 (q-1)(q-2)/d_e + (T-q) e^{-2c + 2c^2 tau^2} and tau^2 = (q + 2(q-1)/q)/d_e; at q = 1, 2 as the dual.
 
     Parameters: T, q, d, d_e : integers, q < T; query : "dual" or "sum"
