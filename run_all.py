@@ -1420,7 +1420,7 @@ def parse(argv):
     return parser, options
 
 
-SUMMARY = {"dynamics": "Descent follows an exact law", "matrices": "What W learns: positions only",
+SUMMARY = {"dynamics": "Descent follows a closed form", "matrices": "What W learns: positions only",
            "length": "It carries over to longer sequences", "floor": "A fully-connected net needs width T d"}
 
 
