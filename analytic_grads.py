@@ -9,13 +9,16 @@ import numpy as np
 PIECE = 2**18  # numbers of Z (2 MB) worked on at a time, so that they stay in cache for all four uses
 
 
-
 def _quiet(function):
     """No warning of an overflow: it is raised as an error, by `_check_results`."""
     return np.errstate(over="ignore", invalid="ignore")(function)
 
 
 # ---- the door: what each function asks of its arguments -------------------------------------------
+
+def _one_or_all(values):
+    return values if len(values) > 1 else values[0]
+
 
 def _as_real(name, value):
     """value as an array of real numbers, else an error that names it."""
@@ -45,7 +48,7 @@ def _arrays(spec, *values):
             fixed = ", ".join(f"{spell.get(x, x)} = {size}" for x, size in known.items())
             raise ValueError(f"{name} must have shape {wanted}{fixed and ' with ' + fixed}; got shape {array.shape}")
         arrays.append(array.astype(float, copy=False))
-    return arrays if len(arrays) > 1 else arrays[0]
+    return _one_or_all(arrays)
 
 
 def _finite(**arrays):
@@ -53,10 +56,6 @@ def _finite(**arrays):
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise ValueError(f"{name} must be finite; got {np.ravel(array)[~np.isfinite(np.ravel(array))][0]}")
-
-
-def _one_or_all(values):
-    return values if len(values) > 1 else values[0]
 
 
 def _reals(**values):
