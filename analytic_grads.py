@@ -158,7 +158,7 @@ def attention_loss_and_grads(V, W, Z, z_query, target):
         Z : (B, D, T) tokens, one a column; z_query : (B, D) query tokens; target : (B, d)
     Returns: loss, grad_V (d, D), grad_W (D, D)
     Raises: ValueError : shapes that do not fit, entries not real or not finite
-        OverflowError : finite inputs, but a result beyond float64 (so in every function below)
+        OverflowError : finite inputs, but a result beyond float64
     References: The model is the paper's; the gradients are derived here.
     >>> loss, grad_V, grad_W = attention_loss_and_grads([[0.0]], [[0.0]], [[[1.0, 3.0]]], [[1.0]], [[2.0]])
     >>> loss, grad_V.tolist(), grad_W.tolist()

@@ -296,8 +296,11 @@ def _descend(params, loss_and_grads, learning_rate, steps):
 
 
 def adam(loss_and_grads, steps, beta1=0.9, beta2=0.999):
-    """Adam's directions in place of gradients, so that `gradient_descent` serves; they fall linearly to
-    0 over the last 30 % of the steps. Each call is a step: make a new one for each run.
+    """Wrap loss_and_grads so that `gradient_descent` takes Adam's steps: directions in place of gradients.
+
+    m <- beta1 m + (1 - beta1) grad, s <- beta2 s + (1 - beta2) grad^2, both corrected for their start at 0;
+    the direction is m/(sqrt(s) + 1e-8), and falls linearly to 0 over the last 30 % of the steps.
+    Each call counts as a step: make a new wrapper for each run.
 
     Parameters: loss_and_grads : as for `gradient_descent`; steps : integer, the length of the run
         beta1, beta2 : decay of the first and second moment, in (0, 1)
@@ -350,6 +353,7 @@ def one_hot_loss_at(t, T, q, d, eta):
 
     q^2 (z-1) + 2 q (T-q) ln z + (T-q)^2 (1 - 1/z) = 2 eta d (T-q)/(T-1) t, then
     L = (d/2) (T-q) / (q (q z + T - q)). The left side rises in ln z: bisection. Good to T = 10^9, t = 10^24.
+    Leaves out alpha's lag: a delay of up to about d/(16q) of t, which matters where the loss falls steeply.
 
     Parameters: t : number or array, >= 0, in steps; T, q, d : integers, q < T; eta : number > 0
     Returns: the loss, in the shape of t
@@ -426,7 +430,8 @@ def overlap_variance(q, d_e, query="dual"):
     """sigma^2 = E||e_y||^2/d_e, the variance of an overlap off y: q/(d_e - q + 1) dual, q/d_e sum (S5).
 
     Parameters: q, d_e : integers, q <= d_e for the dual query; query : "dual" or "sum"
-    Returns: a float; for the dual query a lower bound, close from d_e = 64 on and exact at q = 1
+    Returns: a float; exact for the sum query and at q = 1. For the dual query a lower bound wherever the encodings
+        of y are independent (to a probability of about q^2 2^-d_e), and close from d_e = 64 on
     Raises: ValueError : sizes not integers >= 1, q > d_e (dual), unknown query
     References: Derived here.
     >>> overlap_variance(q=3, d_e=8), overlap_variance(q=3, d_e=8, query="sum")
@@ -468,7 +473,7 @@ def overlap_loss(c, overlaps, q, d):
 
 def _moments(c, T, q, sigma2):
     """p, M, v, h of (S5): the attention on y and the moments of e^{c(u-1)} summed off y."""
-    k = c * (c * sigma2)                                      # never above c/2, however large c is
+    k = c * (c * sigma2)                                      # c^2 sigma2, without overflow: it is at most c/2
     mu1, mu2 = np.exp(-c + k / 2), np.exp(-2 * c + 2 * k)
     v = (T - q) * (mu2 - np.exp(-2 * c + k))
     h = (T - q) * (np.exp(-3 * c + 4.5 * k) - np.exp(-3 * c + 2.5 * k))
@@ -493,8 +498,9 @@ def _sharpness(c, T, q, d, sigma2):
 def stochastic_loss(c, T, q, d, sigma2):
     """The loss at W = c I and the best alpha for overlaps N(0, sigma2) off y, in closed form (S5).
 
-    L*/L_0 = M/(q+M) + q/(q+M) [v/(q+m)^2 - 2h/((q+m)(q+M))]. The first term is (C1) with
-    z = e^{2c - 2c^2 sigma2}. Good while c sigma2 is small; not near the floor (S8).
+    L*/L_0 = M/(q+M) + q/(q+M) [v/(q+m)^2 - 2h/((q+m)(q+M))], where m = (T-q) mu_1, M = (T-q) mu_2,
+    v = (T-q)(mu_2 - mu_1^2), h = (T-q)(mu_3 - mu_2 mu_1) and mu_k = e^{-kc + k^2 c^2 sigma2/2}. The first term is
+    (C1) with z = e^{2c - 2c^2 sigma2}. Good while c sigma2 is small; not near the floor (S8).
 
     Parameters: c : number or array, 0 <= c <= 1/(2 sigma2); T, q, d : integers, q < T; sigma2 : `overlap_variance`
     Returns: the loss, in the shape of c
@@ -513,7 +519,8 @@ def stochastic_loss(c, T, q, d, sigma2):
 def stochastic_trajectory(t, T, q, d, d_e, eta):
     """c, alpha and the loss after t steps of population descent, dual query, by quadrature of (S6).
 
-    (d_e + d alpha*'(c)^2) dc/dt = -eta dL*/dc from c = 0 at t = T/eta; before that c = 0.
+    (d_e + d alpha*'(c)^2) dc/dt = -eta dL*/dc from c = 0 at t = T/eta; before that c = 0. L*(c) is
+    `stochastic_loss`; alpha*(c) = (p/q)/A is the best alpha, with p and A as in `length_loss`.
 
     Parameters: t : number or array, >= 0, in steps; T, q, d, d_e : integers, q < T, q <= d_e; eta : number > 0
     Returns: c, alpha, loss, each in the shape of t
@@ -545,7 +552,8 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
 def length_loss(alpha, c, T, q, d, sigma2):
     """The loss at V = alpha I, W = c I on sequences of length T, whatever length they were trained on (L1).
 
-    L = (d/2) (alpha^2 A - 2 alpha p/q + 1/q), A = p^2/q + p^4 v/q^3 + (p/q)^2 M.
+    L = (d/2) (alpha^2 A - 2 alpha p/q + 1/q), A = p^2/q + p^4 v/q^3 + (p/q)^2 M, p = q/(q+m) the attention on y,
+    and m, M, v as in `stochastic_loss`.
 
     Parameters: alpha, c : numbers or arrays, 0 <= c <= 1/(2 sigma2)
         T, q, d : integers, q < T; sigma2 : `overlap_variance`
@@ -567,8 +575,9 @@ def length_loss(alpha, c, T, q, d, sigma2):
 def stochastic_floor(T, q, d, d_e, query="dual"):
     """The least loss over c that encodings of dimension d_e allow: (S8), and (S9) for the sum query.
 
-    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative by 1.5 to 4 times. Sum, q >= 3: L_0 min_c M/(q+M) with
+    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative. Sum, q >= 3: L_0 min_c M/(q+M) with
     M = c^2 (q-1)(q-2)/d_e + (T-q) e^{-2c + 2c^2 tau^2} and tau^2 = (q + 2(q-1)/q)/d_e; at q = 1, 2 as the dual.
+    Never above L_0.
 
     Parameters: T, q, d, d_e : integers, q < T; query : "dual" or "sum"
     Returns: the loss, a float
@@ -581,7 +590,7 @@ def stochastic_floor(T, q, d, d_e, query="dual"):
     _fewer(q, T)
     _choice("query", query, QUERIES)
     if query == "dual" or q <= 2:
-        return d / (2 * q) * (T - q) / q * math.exp(-d_e / (2 * q))                            # (S8)
+        return d / (2 * q) * min(1.0, (T - q) / q * math.exp(-d_e / (2 * q)))                  # (S8)
     tau2 = (q + 2 * (q - 1) / q) / d_e
     c = np.linspace(0.0, min(math.log(T * d_e), 1 / (2 * tau2)), 10**4)        # the minimum lies inside
     M = c**2 * (q - 1) * (q - 2) / d_e + (T - q) * np.exp(-2 * c + 2 * c**2 * tau2)            # (S9)
