@@ -199,6 +199,7 @@ def population_loss_and_grads(V, W, E, e_query, selected):
         selected : (B, T) rows of 0 and 1 with q ones each
     Returns: loss, grad_V (d, d), grad_W (d_e, d_e)
     Raises: ValueError : shapes that do not fit, rows without q ones, entries not real or not finite
+        OverflowError : finite inputs, but a result beyond float64
     References: Derived here.
     >>> loss, grad_V, _ = population_loss_and_grads([[0.0]], np.zeros((3, 3)), np.eye(3), [[1, 1, 0]], [[1, 1, 0]])
     >>> loss, round(grad_V.item(), 6)
@@ -254,6 +255,7 @@ def one_hot_loss_and_grads(alpha, omega, T, q, d):
     Parameters: alpha, omega : numbers or arrays; T, q, d : integers or arrays of them; all broadcast
     Returns: loss, grad_alpha, grad_omega, in the broadcast shape
     Raises: ValueError : sizes that are not integers >= 1, q > T, parameters not real or not finite
+        OverflowError : finite inputs, but a result beyond float64
     References: Derived here.
     >>> [round(float(x), 6) for x in one_hot_loss_and_grads(1.0, 0.0, T=4, q=1, d=2)]
     [0.75, 0.0, -0.125]
@@ -277,6 +279,7 @@ def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
     Parameters: alpha, c : numbers; overlaps : (B, T), the q selected positions first; q, d, d_e : integers
     Returns: loss, grad_alpha, grad_c, averaged over the rows
     Raises: ValueError : sizes that are not integers >= 1, q > T, entries not real or not finite
+        OverflowError : finite inputs, but a result beyond float64
     References: Derived here.
     >>> [round(float(x), 6) for x in stochastic_loss_and_grads(1.0, 0.0, [[1.0, 0.0, 0.0, 0.0]], 1, 2, 8)]
     [0.75, 0.0, -0.046875]
@@ -309,6 +312,7 @@ def fcn_loss_and_grads(W1, b1, A, b2, inputs, target):
         inputs : (B, n); target : (B, d)
     Returns: loss, grad_W1, grad_b1, grad_A, grad_b2; relu has derivative 0 at 0
     Raises: ValueError : shapes that do not fit, entries not real or not finite
+        OverflowError : finite inputs, but a result beyond float64
     References: Derived here (standard back-propagation).
     >>> loss, *grads = fcn_loss_and_grads([[2.0]], [0.0], [[1.0]], [0.0], [[3.0]], [[5.0]])
     >>> loss, [grad.item() for grad in grads]
