@@ -63,7 +63,7 @@ def figure(*titles, rows=1, height=4.2):
     return fig, axes
 
 
-def finish(ax, xlabel, ylabel, legend="best", heading=None, columns=1, yscale="log", **settings):
+def finish(ax, xlabel, ylabel, legend="lower left", heading=None, columns=1, yscale="log", **settings):
     """Scales, names of the axes, and the legend, with its place and heading."""
     ax.set(xscale="log", yscale=yscale, xlabel=xlabel, ylabel=ylabel, **settings)
     ax.legend(loc=legend, title=heading, ncols=columns, alignment="left")
@@ -178,7 +178,7 @@ def off_the_line(E, q, d, eta, steps):
 
 
 def online(rng, E, q, d, eta, B, steps, query="sum", tokens="gaussian", fresh=False):
-    """Descent of the full model, all of V and W, on new samples at every step, and new encodings if `fresh` (A)."""
+    """Descent of the full model, V and W whole, on new samples at every step, and new encodings if `fresh` (A)."""
     d_e, T = E.shape
 
     def draw():
@@ -266,13 +266,13 @@ def dynamics(rng, quick, progress):
         ax.plot(after, sts.one_hot_loss_at(after, 8, 3, 5, 1.0), label="predicted (C1, C3)", **PREDICTED)
         t = 8 * math.sqrt(escape_steps)
         ax.text(t, (escape_T[0] - 1) / (8 * escape_eta * t), "(C4): (T - 1)/(4ηt)\nslope -1", ha="right", va="top")
-        finish(ax, "gradient steps t", "loss L", "lower left", ylim=(curves[0, -1] / 300, None))
+        finish(ax, "gradient steps t", "loss L", ylim=(curves[0, -1] / 300, None))
     law(left)
     unit = escape_T**2 / (escape_eta * 8)
     middle.plot(escape_T, crossing / unit, "o", color=BLUE, label="measured: half of the attention on y")
     middle.plot(escape_T, predicted / unit, label="predicted (C5)", **PREDICTED)
     middle.axhline(1, color="grey", linewidth=0.8)
-    finish(middle, "sequence length T", "escape time in units of T²/(ηd)", yscale="linear",
+    finish(middle, "sequence length T", "escape time in units of T²/(ηd)", "upper right", yscale="linear",
            ylim=(0.98, 1.1 * max(crossing / unit)))
     right.plot(times, alpha, "o", color=ORANGE, label="α (V = α I)")
     right.plot(times, omega, "o", color=BLUE, label="ω (W = ω (I - 11ᵀ/T))")
@@ -280,7 +280,7 @@ def dynamics(rng, quick, progress):
     z = one_hot_z(sts.one_hot_loss_at(after, T, q, d, eta), T, q, d)
     right.plot(after, np.log(z) / 2, label="ω predicted (C3)", **PREDICTED)
     right.plot(times, q * np.exp(omega) / (q * np.exp(omega) + T - q), "o", color=GREEN, label="p: attention on y")
-    finish(right, "gradient steps t", "value", yscale="linear")
+    finish(right, "gradient steps t", "value", "upper left", yscale="linear")
 
     # claims
     decade, two_decades = times >= late / 10, times >= late / 100
@@ -290,7 +290,8 @@ def dynamics(rng, quick, progress):
     return fig, [
         claim("O1", "matrix descent stays on the two scalars, 1,000 steps: largest difference",
               "<=", 0, on_line, 1e-12),
-        claim("O5-below", f"{beside:.0%} below the stable eta it stays, {beside_steps} steps", "<=", 0, below, 1e-12),
+        claim("O5-below", f"{beside:.0%} below the stable eta it stays, {beside_steps} steps",
+              "<=", 0, below, 1e-12),
         claim("O5-above", f"{beside:.0%} above the stable eta it leaves", ">=", 1e-6, above),
         claim("C4", f"L 4 eta t/(T-1) at t = {late}", "=", 1, loss[-1] * 4 * eta * late / (T - 1), 0.005 * looser),
         claim("C4-slope", "slope of log L against log t, last decade",
@@ -353,8 +354,8 @@ def population_check(rng, tokens, batches):
 
 def skewed_pull(alpha, T, q):
     """(A10): the mean gradient of W_12 for Gumbel tokens at alpha, omega = 1."""
-    skewness, on_y = 1.1395470994, first_subset(1, T, q)[0]  # 12 sqrt(6) zeta(3)/pi^3
-    a = softmax(on_y)
+    skewness, on_y = 1.1395470994, np.arange(T) < q  # 12 sqrt(6) zeta(3)/pi^3
+    a = softmax(1.0 * on_y)
     return alpha * skewness * q / T * (a * (1 - a) * (alpha * a - on_y / q)).sum()
 
 
@@ -547,7 +548,7 @@ def stochastic(rng, quick, progress):
     shown = np.union1d(log_steps(last, 25), checked)
     measured = np.array([stochastic_loss_and_grads(*params[t], held, q, d, d_e)[0] for t in shown]) / L_0
     predicted = sts.stochastic_trajectory(shown, T, q, d, d_e, eta)[2] / L_0
-    rate = growth([c for _, c in params], loss, frozen, q, eta, d_e)
+    stochastic_rate = growth([c for _, c in params], loss, frozen, q, eta, d_e)
     _, omega, loss = scalar_descent(range(3001), progress, T, q, 2, 2.0)
     one_hot_rate = growth(omega, loss, first_subset(1, T, q), q, 2.0, T - 1)
 
@@ -575,8 +576,8 @@ def stochastic(rng, quick, progress):
         ax.plot(whole_t, [population_loss_and_grads(*V_W, *test)[0] / L_0 for V_W in whole], "s", color=ORANGE,
                 markerfacecolor="none", label=f"whole W online, $d_e$ = {matrix_d_e}")
         ax.plot(shown[late], predicted[late], label="(S6)", **PREDICTED)
-        finish(ax, "gradient steps t", "loss L/L₀, fresh encodings", "lower left",
-               f"T = {T}, q = {q}, d = {d}, η = {eta:g}")
+        finish(ax, "gradient steps t", "loss L/L₀, fresh encodings",
+               heading=f"T = {T}, q = {q}, d = {d}, η = {eta:g}")
     law(left)
     bound = math.sqrt(T / 64)
     for name, fill in (("stochastic", "full"), ("fixed", "none")):
@@ -616,16 +617,13 @@ def stochastic(rng, quick, progress):
         claim("S1-fixed-W", "one fixed set: W stays in its span, cosine at most sqrt(T/d_e)",
               "<=", bound, cosine(full["fixed"][1][-1][1], true_W), 1e-12),
         claim("S3", "trace estimate against the matrix gradient: standard errors", "<=", 4, abs(gap) / gap_error),
-        claim("S4", "against the loss at the best alpha: largest relative difference",
-              "<=", 0, max(direct), 1e-9),
+        claim("S4", "against the loss at the best alpha: largest relative difference", "<=", 0, max(direct), 1e-9),
         claim("S5", f"closed form over (S4) at {len(closed)} points (T, q, d_e, c): worst",
               "=", 1, *furthest(closed)),
         claim("S6", f"predicted against measured loss, steps {start} to {last}: worst error",
               "<=", 0, error, 0.03),
-        claim("S7-stochastic", "d(1/L)/dt over eta kappa^2/d_e after the escape: worst",
-              "=", 1, rate, 0.02),
-        claim("S7-one-hot", "d(1/L)/dt over eta kappa^2/(T-1) after the escape: worst",
-              "=", 1, one_hot_rate, 0.02),
+        *(claim(f"S7-{name}", f"d(1/L)/dt over eta kappa^2/{size} after the escape: worst", "=", 1, rate, 0.02)
+          for name, size, rate in (("stochastic", "d_e", stochastic_rate), ("one-hot", "(T-1)", one_hot_rate))),
         claim("S8-slope", "dual query: slope of log(least loss) against d_e, times 2q",
               "=", -1, slope * 2 * q, 0.25 if quick else 0.15),
         *(claim(f"S8-eps-{eps:g}", f"least L/L_0 at the required d_e = {k}", "<=", eps, dual[k])
@@ -905,8 +903,7 @@ def floor(rng, quick, progress):
                 label=f"exact FCN, m = Td = {Td} (F5)")
         ax.plot(width, transformers[k][0], "*", color=RED, markersize=14, zorder=8,
                 label=f"trained transformer, d + $d_e$ = {width}")
-        finish(ax, "width: neurons m in the first layer; d + $d_e$", "loss L/L₀", "lower left", yscale="linear",
-               ylim=(0, 1.02))
+        finish(ax, "width: neurons m in the first layer; d + $d_e$", "loss L/L₀", yscale="linear", ylim=(0, 1.02))
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
     for k, ax in enumerate(axes):
@@ -1039,13 +1036,12 @@ def fixed(rng, quick, progress):
 
     # run
     _, _, law = scalar_descent(times, progress, T, q, d, eta)
-    orthonormal, off_line = {}, 0.0
+    orthonormal, off_line, off_span = {}, 0.0, 0.0
     for d_e in [2 * T] if quick else [T, 2 * T]:
         E = np.linalg.qr(rng.standard_normal((d_e, T)))[0]
         off_line = max(off_line, off_the_line(E, q, d, eta, 1000))
-        _, _, orthonormal[d_e] = record(set_descent(E, q, d, eta, steps), times, progress, f"orthonormal, d_e = {d_e}")
+        _, _, orthonormal[d_e] = record(set_descent(E, q, d, eta, steps), times, progress, f"set of d_e = {d_e}")
     paths, found, floor = {}, {}, {}  # by d_e: losses in training; losses and cosines at its end; (S4)
-    off_span = 0.0
     for d_e in sizes:
         if d_e < T:
             u = sts.overlaps(rng, 8000, T, q, d_e)
@@ -1072,14 +1068,14 @@ def fixed(rng, quick, progress):
     for (d_e, losses), marker in zip(orthonormal.items(), "ox"):
         left.plot(times, losses / L_0, marker, color=BLUE, fillstyle="none", label=f"orthonormal, $d_e$ = {d_e}")
     left.plot(times, law / L_0, label="one-hot law (O2)-(O4)", **PREDICTED)
-    finish(left, "gradient steps t", "loss L/L₀", "lower left")
+    finish(left, "gradient steps t", "loss L/L₀")
 
     def by_dimension(ax, ylabel, labels, first_column, **settings):
         for k, (label, colour, marker) in enumerate(zip(labels, (BLUE, ORANGE, GREEN), "os^"), first_column):
             for d_e, rows in found.items():
                 ax.plot([d_e] * len(rows), [row[k] for row in rows], marker, color=colour, alpha=0.3)
             ax.plot(sizes, mean[:, k], marker + "-", color=colour, lw=1, label=label)
-        finish(ax, "dimension of the encodings $d_e$", ylabel, "lower left", **settings)
+        finish(ax, "dimension of the encodings $d_e$", ylabel, **settings)
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
 
@@ -1165,14 +1161,11 @@ def attention_test(rng, kind, S, n, T, d, fresh, time):
     d_e = {"stochastic": 32, "fixed": 64, "one-hot": T}[kind]
     E = np.tile(np.eye(T), (S, 1, 1)) if kind == "one-hot" else sts.random_sign_encoding(rng, d_e, T, S)
 
-    def encodings():
-        e_query = dual_pairs(E, selected)
-        while kind != "stochastic":
-            yield E, e_query
+    def fresh_pairs():
         while True:
             for signs in sts.random_sign_encoding(rng, d_e, T, 64 * S).reshape(64, S, d_e, T):
                 yield signs, dual_pairs(signs, selected)
-    pairs = encodings()
+    pairs = fresh_pairs() if kind == "stochastic" else itertools.repeat((E, dual_pairs(E, selected)))
     curvature = np.linalg.eigvalsh(target.swapaxes(1, 2) @ target / n).max()  # of V once attention is on y
     steps = math.ceil(time * curvature / 1.6)                                 # eta at most 0.8 times 2/curvature
     *_, (_, (V, W), _) = sts.gradient_descent(
@@ -1231,8 +1224,8 @@ def samples(rng, quick, progress):
             curve(middle, "one-hot", T, d, T, colour, marker, fillstyle=fill, linestyle=":")
     middle.plot([], color="black", lw=1, label="random, $d_e$ = 64; colours as left")
     middle.plot([], ":", color="black", lw=1, label="one-hot")
-    finish(left, "training sequences per dimension, n/d", "test loss L/L₀")
-    finish(middle, "training sequences per position, n/T", "test loss L/L₀", "lower left")
+    finish(left, "training sequences per dimension, n/d", "test loss L/L₀", "upper right")
+    finish(middle, "training sequences per position, n/T", "test loss L/L₀")
     for ax, ticks in ((left, (0.5, 1, 2, 4, 32)), (middle, over_T)):
         ax.axhline(0.1, color="grey", lw=0.8)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -1243,7 +1236,7 @@ def samples(rng, quick, progress):
                 ("fcn", "grey", "D", "FCN, 2Td neurons"), ("one-hot", ORANGE, "^", "one-hot"),
                 ("fixed", GREEN, "s", "fixed, random"), ("stochastic", BLUE, "o", "stochastic")):
             curve(ax, kind, long, dims[0], 1, colour, marker, label=label)
-        finish(ax, "training sequences n", "test loss L/L₀", "lower left", ylim=(1e-3, None))
+        finish(ax, "training sequences n", "test loss L/L₀", ylim=(1e-3, None))
     everyone(right)
 
     # claims
@@ -1276,8 +1269,7 @@ def samples(rng, quick, progress):
     ], everyone
 
 
-EXPERIMENTS = {run.__name__: run for run in (dynamics, matrices, stochastic, length, floor, separation, fixed,
-                                              samples)}
+EXPERIMENTS = {f.__name__: f for f in (dynamics, matrices, stochastic, length, floor, separation, fixed, samples)}
 
 
 # ---- the command line -----------------------------------------------------------------------------------
