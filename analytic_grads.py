@@ -11,7 +11,7 @@ PIECE = 2**18  # numbers of Z (2 MB) worked on at a time, so that they stay in c
 
 def _quiet(function):
     """No warning of an overflow: it is raised as an error, by `_check_results`."""
-    return np.errstate(over="ignore", invalid="ignore")(function)
+    return np.errstate(over="ignore", under="ignore", invalid="ignore")(function)
 
 
 # ---- the door: what each function asks of its arguments -------------------------------------------
@@ -23,11 +23,11 @@ def _one_or_all(values):
 def _as_real(name, value):
     """value as an array of real numbers, else an error that names it."""
     try:
-        array = np.asarray(value)
-    except (ValueError, Warning):  # ragged rows
+        array = np.asarray(None if isinstance(value, np.ma.MaskedArray) else value)
+        if array.dtype.kind == "f" or array.dtype == object and all(isinstance(x, int) for x in array.flat):
+            array = array.astype(float, copy=False)  # float32 and the like; Python integers beyond 64 bits
+    except (ValueError, OverflowError, Warning):  # ragged rows; an integer beyond float64
         array = np.asarray(None)
-    if array.dtype == object and all(isinstance(entry, int) for entry in array.flat):
-        array = array.astype(float)  # Python integers beyond 64 bits
     if array.dtype.kind not in "biuf" or array.size == 0:
         raise ValueError(f"{name} must be real numbers, at least one; got {type(value).__name__} {value!r:.60}")
     return array
@@ -292,7 +292,7 @@ def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
     p, N = a[:, :q].sum(axis=1), np.einsum("bt,bt->b", a, a)
     miss_off = np.einsum("bt,bt->", a[:, q:], a[:, q:])
     miss_on = ((alpha * a[:, :q] - 1 / q)**2).sum()
-    loss = d / 2 * (miss_on + alpha**2 * miss_off) / len(u)           # (P1) at V = alpha I
+    loss = d / 2 * (miss_on + alpha * alpha * miss_off) / len(u)      # (P1) at V = alpha I
     grad_alpha = alpha * N.mean() - p.mean() / q                      # (S2)
     # (S3) <u, grad_s> = <u a, g> - <a, g> <u, a> with g = d alpha (alpha a - s_y / q) from (P3)
     ua_g = alpha * np.einsum("bt,bt->b", ua, a) - ua[:, :q].sum(axis=1) / q
@@ -330,5 +330,5 @@ def fcn_loss_and_grads(W1, b1, A, b2, inputs, target):
     grad_A, grad_b2 = r.T @ hidden, r.sum(axis=0)   # f = A hidden + b2
     delta = (r @ A) * (pre > 0)                     # hidden = relu(pre)
     grad_W1, grad_b1 = delta.T @ inputs, delta.sum(axis=0)  # pre = W1 x + b1
-    _check_results(loss, grad_W1, grad_b1, grad_A, grad_b2, inputs=inputs, target=target)
+    _check_results(pre, loss, grad_W1, grad_b1, grad_A, grad_b2, inputs=inputs, target=target)
     return loss, grad_W1, grad_b1, grad_A, grad_b2

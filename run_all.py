@@ -8,6 +8,7 @@ import csv
 import itertools
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -18,16 +19,19 @@ from statistics import NormalDist
 
 def interrupted(*_):
     """Ctrl-C: one line instead of a traceback; files already moved into place are whole."""
-    print("\nrun_all.py: interrupted", file=sys.stderr)
+    print("\n" * sys.stdout.isatty() + "run_all.py: interrupted", file=sys.stderr)
     sys.exit(130)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, interrupted)  # before the imports, which take a moment
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupted)  # before the imports, which take a moment
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot spell is no error
 os.environ["MPLBACKEND"] = "agg"  # whatever it said before: no display is needed
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose by more, and sums keep their order
 
 import matplotlib
+import matplotlib.backends.backend_agg  # now, not in the middle of the first figure
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -38,7 +42,7 @@ from analytic_grads import (attention_loss_and_grads, fcn_loss_and_grads, one_ho
 # Okabe and Ito's colours: safe for colour-blind readers
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 STYLE = {"font.size": 11, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.titlesize": 11.5, "lines.markersize": 4.5, "figure.dpi": 150,
+         "axes.spines.right": False, "axes.titlesize": 11.5, "lines.markersize": 4.5,
          "legend.frameon": False, "legend.fontsize": 9, "legend.title_fontsize": 9, "legend.borderaxespad": 0.2,
          "legend.columnspacing": 1.0, "legend.labelspacing": 0.3}
 PREDICTED = {"color": "black", "linestyle": "--", "linewidth": 1.3, "zorder": 5}
@@ -251,7 +255,7 @@ def dynamics(rng, quick, progress):
     full_error = max(abs(1 - a - (1 - 2.0 / 6)**t) for t, a in enumerate(full))
 
     # draw
-    fig, (left, middle, right) = figure("Loss: steps of descent on the closed form", "Escape of the attention",
+    fig, (left, middle, right) = figure("Loss: descent and closed form", "Escape of the attention",
                                         "The two scalars at T = 16")
 
     def law(ax):
@@ -266,7 +270,7 @@ def dynamics(rng, quick, progress):
         ax.plot(after, sts.one_hot_loss_at(after, 8, 3, 5, 1.0), label="predicted (C1, C3)", **PREDICTED)
         t = 8 * math.sqrt(escape_steps)
         ax.text(t, (escape_T[0] - 1) / (8 * escape_eta * t), "(C4): (T - 1)/(4ηt)\nslope -1", ha="right", va="top")
-        finish(ax, "gradient steps t", "loss L", ylim=(curves[0, -1] / 300, None))
+        finish(ax, "gradient steps t", "loss L", ylim=(curves[0, -1] / 100, None))
     law(left)
     unit = escape_T**2 / (escape_eta * 8)
     middle.plot(escape_T, crossing / unit, "o", color=BLUE, label="measured: half of the attention on y")
@@ -381,7 +385,7 @@ def matrices(rng, quick, progress):
     true_V, true_W = in_full_model(np.eye(d), np.eye(T) - 1 / T)
     point = *in_full_model(np.eye(4) / 2, np.eye(8) - 1 / 8), np.eye(8), 2  # (A9, A10): V, W, E, q
     sizes = np.array([64, 256, 1024] if quick else [64, 256, 1024, 4096])
-    laplace_T, laplace_B, laplace_steps = (4, 64, 100) if quick else (8, 128, 300)
+    laplace_T, laplace_B, laplace_steps = (4, 64, 60) if quick else (8, 128, 200)
 
     # run
     gradient_error = gradient_check(rng)
@@ -399,8 +403,8 @@ def matrices(rng, quick, progress):
         content = max(content, abs(grad_W[:, :, :4]).max())
     _, grad_W = sampled_gradients(rng, *point, 1024, 40 if quick else 200, "gumbel")
     skewed, skewed_error = mean_and_error(grad_W[:, :4, 4:].mean(axis=(1, 2)))
-    ends = np.empty((16, 2, 2))  # run, batch size B or 2B, alpha or omega
-    for run, k in np.ndindex(16, 2):
+    ends = np.empty((24, 2, 2))  # run, batch size B or 2B, alpha or omega
+    for run, k in np.ndindex(24, 2):
         progress("Laplace tokens")
         *_, (_, (V, W), _) = online(rng, sts.one_hot_encoding(laplace_T), 2, 3, 0.25, laplace_B * (1 + k),
                                     laplace_steps, tokens="laplace")
@@ -910,7 +914,8 @@ def floor(rng, quick, progress):
         against_width(ax, k)
 
     # claims
-    gap = {m: min(row[1] - row[4] for row in trained[0] if row[0] == m) for m in widths if m <= 16}
+    by_adam = trained[0][:len(widths)]
+    gap = {m: min(row[1] - row[4] for row in by_adam if row[0] == m) for m in widths if m <= 16}
     at_32 = ", ".join(f"{row[1] - row[4]:.2f}" for row in trained[1][:len(large_widths)])
     loss, error = transformers[1]
     return fig, [
@@ -953,7 +958,7 @@ def separation(rng, quick, progress):
     """Transformer and networks on the same stream of samples, and the width that each needs as T grows."""
     # set-up
     T, q, d, d_e, B, eps = 16, 2, 8, 24, 128, 0.1
-    size, D, steps, starts = {"T": T, "q": q, "d": d}, d + d_e, 400 if quick else 1000, 2 if quick else 3
+    size, D, steps, starts = {"T": T, "q": q, "d": d}, d + d_e, 400 if quick else 1000, 1 if quick else 3
     equal = round((d * D + D**2 - d) / (T * d + T + 1 + d))           # the parameters of V and W; of a network
     widths = {equal: "equal parameters", D: "equal width"} | ({} if quick else {2 * T * d: "2Td"})
     times = log_steps(steps, 12 if quick else 24)[4:]
@@ -983,7 +988,7 @@ def separation(rng, quick, progress):
     by_eigenvalues = [np.argmax(least_losses(k, q, d) <= eps * d / (2 * q)) for k in needing]
 
     # draw
-    fig, (left, right) = figure(f"T = {T}, q = {q}, d = {d}: median and range of {starts} starts",
+    fig, (left, right) = figure(f"T = {T}, q = {q}, d = {d}: median and range over starts",
                                 f"Width needed for L/L₀ ≤ {eps}, q = {q}, d = {d}")
 
     def on_stream(ax):
@@ -1053,9 +1058,9 @@ def fixed(rng, quick, progress):
             _, params, loss = record(set_descent(E, q, d, eta, steps), times, progress, f"random set, d_e = {d_e}")
             elsewhere = [population_loss_and_grads(*params[-1], *population)[0]
                          for population in (fresh, on_population(extended, longer))]
-            P = E @ np.linalg.pinv(E)
-            cosines = [cosine(params[-1][1], direction) for direction in (np.eye(d_e), P, E @ centre @ E.T)]
-            off_span = max(off_span, abs(cosines[0] - cosines[1] * math.sqrt(np.trace(P) / d_e)))
+            span = E @ np.linalg.pinv(E)
+            cosines = [cosine(params[-1][1], direction) for direction in (np.eye(d_e), span, E @ centre @ E.T)]
+            off_span = max(off_span, abs(cosines[0] - cosines[1] * math.sqrt(np.trace(span) / d_e)))
             paths[d_e].append(loss / L_0)
             found[d_e].append([*np.append(loss[-1], elsewhere) / L_0, *cosines])
     mean = np.array([np.mean(rows, axis=0) for rows in found.values()])
@@ -1087,9 +1092,9 @@ def fixed(rng, quick, progress):
         by_dimension(ax, "loss L/L₀", ("on its own set", "on fresh encodings", "on its set extended to 2T"), 0)
         ax.set_ylim(bottom=ax.get_ylim()[0] / 5)
     there_and_elsewhere(middle)
-    from_P = mean[:, 4] * np.sqrt(np.minimum(1, T / np.array(sizes)))
-    right.plot(sizes, from_P, label="I from P: times √(T/$d_e$)", **PREDICTED)
-    by_dimension(right, "cosine of W with ...", ("I", "projector P on the span of E", "E (I - 11ᵀ/T) Eᵀ"), 3,
+    from_span = mean[:, 4] * np.sqrt(np.minimum(1, T / np.array(sizes)))
+    right.plot(sizes, from_span, label="I from Π: times √(rank E/$d_e$)", **PREDICTED)
+    by_dimension(right, "cosine of W with ...", ("I", "projector Π on the span of E", "E (I - 11ᵀ/T) Eᵀ"), 3,
                  yscale="linear", ylim=(0, 1.05))
 
     # claims
@@ -1101,7 +1106,7 @@ def fixed(rng, quick, progress):
               "<=", 1, max(own_over_floor), source="measured"),
         claim("fixed-fresh", "and on fresh encodings over that floor: worst",
               ">=", 1, min(fresh_over_floor), source="measured"),
-        claim("fixed-span", "W = P W, P the projector on the span of E: cos(W, I) = cos(W, P) sqrt(rank E/d_e)",
+        claim("fixed-span", "W stays in the span of E, projector Pi: cos(W, I) = cos(W, Pi) sqrt(rank E/d_e)",
               "<=", 0, off_span, 1e-12),
     ], there_and_elsewhere
 
@@ -1190,7 +1195,7 @@ def samples(rng, quick, progress):
     # set-up
     (short, long), dims, duration, most = ((8, 16), (16,), 8000, 7) if quick else ((8, 20), (10, 16), 12_000, 9)
     over_d = np.array([1/2, 7/8, 5/4, 3/2, 4, 32] if quick else [1/2, 7/8, 1, 5/4, 3/2, 2, 4, 32])
-    over_T = np.array([1, 2, 3, 4, 6] if quick else [1/2, 1, 2, 3, 4, 8])
+    over_T = np.array([1, 2, 3, 4, 6] if quick else [1/2, 1, 2, 3, 4, 8])          # and n = 32 d
     fcn_over_d = np.array([2] if quick else [1/2, 4, 32])
 
     # run
@@ -1198,14 +1203,16 @@ def samples(rng, quick, progress):
     mean_V, mean_W = grad_V.mean(axis=0), grad_W.mean(axis=0)
     found = {}  # n, the median test loss and all of them
     for T, d in itertools.product((short, long), dims):
-        fresh = sts.random_sign_encoding(rng, 32, T, 1024)
-        for kind, n in (("stochastic", over_d * d), ("fixed", over_T * T), ("one-hot", over_T * T),
-                        ("fcn", fcn_over_d * d if d == dims[0] else np.array([]))):
+        fresh, by_position = sts.random_sign_encoding(rng, 32, T, 1024), over_T * T
+        if not quick:
+            by_position = np.append(by_position, 32 * d)
+        for kind, n in (("stochastic", over_d * d), ("fixed", by_position), ("one-hot", by_position),
+                        ("fcn", fcn_over_d[:3 if d == dims[0] else 2] * d)):  # 32 d only once: it is slow
             time, losses = duration / d if kind == "stochastic" else 300 * T / d, []
             for size in n.astype(int).tolist():
                 progress(f"{kind}, T = {T}, d = {d}, n = {size}")
-                S = 3 if size > 4 * d else most if kind == "stochastic" else 5  # data sets
-                losses.append(fcn_test(rng, 3, size, T, d) if kind == "fcn" else
+                S = 3 if quick and kind != "stochastic" or size > 4 * d else most if kind == "stochastic" else 5
+                losses.append(fcn_test(rng, 1 if quick else 3, size, T, d) if kind == "fcn" else
                               attention_test(rng, kind, S, size, T, d, fresh, time))
             found[kind, T, d] = n.astype(int), np.array([np.median(row) for row in losses]), losses
 
@@ -1226,7 +1233,7 @@ def samples(rng, quick, progress):
     middle.plot([], ":", color="black", lw=1, label="one-hot")
     finish(left, "training sequences per dimension, n/d", "test loss L/L₀", "upper right")
     finish(middle, "training sequences per position, n/T", "test loss L/L₀")
-    for ax, ticks in ((left, (0.5, 1, 2, 4, 32)), (middle, over_T)):
+    for ax, ticks in ((left, (0.5, 1, 2, 4, 32)), (middle, (0.5, 1, 2, 4, 8, 32))):
         ax.axhline(0.1, color="grey", lw=0.8)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
@@ -1265,7 +1272,7 @@ def samples(rng, quick, progress):
         *(claim(f"N-scaling-{kind}", f"{kind}: {text}", "=", long / short, growth(kind), 0.4 * long / short,
                 source="measured") for kind in ("fixed", "one-hot")),
         claim("N-fcn", f"FCN of width 2Td, n up to {fcn_over_d[-1]:g}d: least test loss over L_0",
-              ">=", 1, min(found["fcn", T, dims[0]][1].min() for T in (short, long)), source="measured"),
+              ">=", 1, min(found["fcn", T, d][1].min() for T in (short, long) for d in dims), source="measured"),
     ], everyone
 
 
@@ -1303,8 +1310,14 @@ def reporter(place, start):
         if now - last[0] > (0.1 if live else 5.0):
             last[0] = now
             line = f"{place}: {text} ({now - start:.0f} s)"
-            print(f"\r{line:<100.100}" if live else line, end="" if live else "\n", flush=True)
+            print(on_terminal(line) if live else line, end="" if live else "\n", flush=True)
     return progress
+
+
+def on_terminal(line):
+    """The line in place of the one on the terminal, cut to its width so that it never wraps."""
+    width = min(100, shutil.get_terminal_size().columns - 1)
+    return f"\r{line:<{width}.{width}}"
 
 
 def shown_entries(matrix):
@@ -1436,25 +1449,24 @@ def summary(headlines):
 def run(options, start):
     """Run the experiments named, write figures and claims.csv; the exit status is 0 only if all claims hold."""
     claims, headlines, live = [], {}, sys.stdout.isatty()
+    matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+    matplotlib.rcParams.update(STYLE | {"figure.dpi": 75 if options.quick else 150})
     for i, name in enumerate(options.names, 1):
         place = f"[{i}/{len(options.names)}] {name}"
-        progress = reporter(place, start)
         print(f"{place} ...", end="" if live else "\n", flush=True)
         rng = np.random.default_rng([options.seed, *name.encode()])
-        with matplotlib.rc_context(STYLE):
-            fig, found, headlines[name] = EXPERIMENTS[name](rng, options.quick, progress)
-            number = list(EXPERIMENTS).index(name) + 1
-            write_whole(options.out / f"{number}_{name}.png", fig.savefig)
+        fig, found, headlines[name] = EXPERIMENTS[name](rng, options.quick, reporter(place, start))
+        number = list(EXPERIMENTS).index(name) + 1
+        write_whole(options.out / f"{number}_{name}.png", fig.savefig)
         claims += found
         held = sum(row["verdict"] == "ok" for row in found)
-        line = f"{place}: {held} of {len(found)} claims hold ({time.monotonic() - start:.1f} s)"
-        print(f"\r{line:<100}" if live else line, flush=True)
+        line = f"{place}: {held} of {len(found)} claims hold ({time.monotonic() - start:.1f} s so far)"
+        print(on_terminal(line) if live else line, flush=True)
     if set(SUMMARY) <= set(headlines):
-        with matplotlib.rc_context(STYLE):
-            write_whole(options.out / "summary.png", summary(headlines).savefig)
+        write_whole(options.out / "summary.png", summary(headlines).savefig)
     write_whole(options.out / "claims.csv", lambda path: write_table(claims, path))
     for row in [{key: key for key in claims[0]}, *claims]:
-        cells = zip(row.values(), (18, 88, 12, 14, 13, 9, 7))
+        cells = zip(row.values(), (20, 88, 12, 14, 13, 9, 7))
         print("  ".join(f"{cell:<{width}}" for cell, width in cells).rstrip())
     held = sum(row["verdict"] == "ok" for row in claims)
     print(f"{held} of {len(claims)} claims hold; figures and claims.csv are in {options.out}")
@@ -1488,6 +1500,9 @@ def main(argv=None):
         return 1
     except BrokenPipeError:  # the reader has gone, as in `--trace 9 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder gone
+        print(f"\nrun_all.py: {error}", file=sys.stderr)
         return 1
 
 

@@ -171,6 +171,7 @@ def dual_query(E, selected):
     e_query[safe] = (weights.transpose(0, 2, 1) @ E_y[safe])[:, 0, :]
     rounding = max(E_y.shape[1:]) * np.finfo(float).eps
     e_query[~safe] = np.linalg.pinv(E_y[~safe], rcond=rounding).sum(axis=2)
+    _check_results(e_query, E=E)
     return e_query
 
 
@@ -268,7 +269,8 @@ def _callable(loss_and_grads):
 def _fits(result, params):
     """Refuse what is not (loss, *grads) with a real gradient in the shape of each parameter."""
     wanted = [np.shape(param) for param in params]
-    parts = [np.asarray(part) for part in result] if isinstance(result, tuple) else []
+    parts = [np.asarray(part if isinstance(part, (np.ndarray, np.number, float, int)) else None)
+             for part in result] if isinstance(result, tuple) else []
     if [part.shape for part in parts[1:]] != wanted or any(part.dtype.kind not in "iuf" for part in parts):
         raise ValueError(f"loss_and_grads must return (loss, *grads) with real gradients of shapes {wanted}; "
                          f"got {[f'{part.dtype} {part.shape}' for part in parts] or type(result).__name__}")
@@ -278,7 +280,7 @@ def _descend(params, loss_and_grads, learning_rate, steps):
     diverged = f"gradient descent diverged with learning_rate {learning_rate:g}"
     for t in range(steps + 1):
         try:
-            with np.errstate(over="ignore", invalid="ignore"):  # overflow is an error below, not a warning
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # overflow is an error below
                 result = loss_and_grads(*params)
         except OverflowError as error:
             raise FloatingPointError(f"{diverged}: at step {t} {error}") from None
@@ -289,7 +291,7 @@ def _descend(params, loss_and_grads, learning_rate, steps):
             raise FloatingPointError(f"{diverged}: the loss is not finite at step {t}")
         yield t, params, loss
         if t < steps:
-            with np.errstate(over="ignore", invalid="ignore"):
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 params = tuple(param - learning_rate * grad for param, grad in zip(params, grads))
             if not all(np.isfinite(param).all() for param in params):
                 raise FloatingPointError(f"{diverged}: a parameter is not finite after step {t + 1}")
@@ -348,6 +350,7 @@ def one_hot_recursion(T, q, d, eta, steps):
 
 # ---- one-hot encodings: closed forms (C) -------------------------------------------------------------
 
+@_quiet
 def one_hot_loss_at(t, T, q, d, eta):
     """The loss after t steps in closed form: (C1) at the z that solves (C3), alpha at its optimum.
 
@@ -368,6 +371,7 @@ def one_hot_loss_at(t, T, q, d, eta):
     t = _at_least_zero("t", t)
     r = T - q
     time = 2 * eta * d * r / (T - 1) * t
+    _check_results(time)
     low, high = np.zeros_like(time), np.log1p(time / q**2)    # q^2 (z - 1) alone is below the left side
     for _ in range(110):
         x = (low + high) / 2                                  # x = ln z
@@ -403,7 +407,9 @@ def escape_time(T, q, d, eta):
     eta = _numbers(above=0, eta=eta)
     r = T - q
     at_optimum = (T - 1) / (eta * d * r) * (T * (T - 2 * q) + 2 * q * r * math.log(r / q))
-    return float(at_optimum + T / eta * (math.log(T / q) - 1))
+    steps = float(at_optimum + T / eta * (math.log(T / q) - 1))
+    _check_results(steps)
+    return steps
 
 
 def largest_stable_eta(T, q, d):
@@ -495,6 +501,7 @@ def _sharpness(c, T, q, d, sigma2):
     return c, T, q, d, sigma2
 
 
+@_quiet
 def stochastic_loss(c, T, q, d, sigma2):
     """The loss at W = c I and the best alpha for overlaps N(0, sigma2) off y, in closed form (S5).
 
@@ -516,6 +523,7 @@ def stochastic_loss(c, T, q, d, sigma2):
     return d / (2 * q) * np.maximum(ratio, 0.0)               # near the floor the last term may overtake
 
 
+@_quiet
 def stochastic_trajectory(t, T, q, d, d_e, eta):
     """c, alpha and the loss after t steps of population descent, dual query, by quadrature of (S6).
 
@@ -541,6 +549,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     valid = int(np.argmax(np.append(slope, 0.0) >= 0))        # up to the first place where L* stops falling
     steps_per_c = (d_e + lag[:valid]) / (-eta * slope[:valid])
     time = T / eta + np.append(0.0, np.cumsum((steps_per_c[1:] + steps_per_c[:-1]) / 2 * np.diff(grid[:valid])))
+    _check_results(time)
     if (t > time[-1]).any():
         raise ValueError(f"t must be at most {time[-1]:.3g}, where (S5) stops being valid; got {t.max():g}")
     c = np.interp(t, time, grid[:valid])
@@ -722,5 +731,6 @@ def exact_fcn(T, q, d, K=8.0):
     """
     (T, q, d), K = _sizes(T=T, q=q, d=d), _numbers(above=0, K=K)
     G = 2 * K + 2
+    _check_results(G)
     W1 = np.hstack([np.eye(T * d), G * np.repeat(np.eye(T), d, axis=0)])
     return W1, np.full(T * d, float(K - G)), np.tile(np.eye(d), T) / q, np.full(d, -float(K))
