@@ -538,6 +538,7 @@ def test_one_hot_recursion():
 
 
 def test_escape_time():
+    """(C5) within 2 % of the recursion."""
     T, q, d, eta = np.array([64, 128, 256, 512]), 4, 8, 7.0
     crossed, before = np.full(4, np.nan), 0.0
     for t, (_, omega), _ in sts.one_hot_recursion(T, q, d, eta, 6000):
@@ -552,7 +553,7 @@ def test_escape_time():
 
 @pytest.mark.parametrize("T, q, d", [(5, 4, 6), (4, 2, 3), (5, 1, 2), (6, 5, 20), (3, 2, 1), (3, 3, 2), (2, 2, 9)])
 def test_largest_stable_eta(T, q, d):
-    """2 over the largest eigenvalue of the late Hessian in V and W, from differences of the gradient."""
+    """(O5): 2 over the largest eigenvalue of the late Hessian in V and W, from differences of the gradient."""
     E, subsets, h = np.eye(T), sts.all_subsets(T, q), 1e-5
     start = np.concatenate([np.eye(d).ravel(), 14 * (np.eye(T) - 1 / T).ravel()])
 
@@ -990,11 +991,29 @@ def test_shapes_that_do_not_broadcast(name, bad):
     ("attention_loss_and_grads", {"V": 1e200, "Z": 1e200}), ("transformer", {"V": 1e200, "Z": 1e200}),
     ("fcn", {"W1": 1e200, "inputs": 1e200}), ("sts", {"X": 1.7e308}), ("sum_query", {"E": 1.7e308}),
     ("overlap_loss", {"c": 1e308}), ("length_loss", {"alpha": 1e200}),
-    ("population_loss_and_grads", {"V": 1e200})])
+    ("population_loss_and_grads", {"V": 1e200}), ("stochastic_loss_and_grads", {"alpha": 1e160}),
+    ("one_hot_loss_at", {"t": 1e300, "eta": 1e300}), ("escape_time", {"eta": 5e-324}), ("exact_fcn", {"K": 1e308}),
+    ("dual_query", {"E": 1e-310})])
 def test_overflow(name, huge):
     """Finite input with a result beyond float64 is an error, not a warning."""
     with pytest.raises(OverflowError):
         call(name, {**GOOD[name], **{key: np.full(np.shape(GOOD[name][key]), size) for key, size in huge.items()}})
+
+
+@pytest.mark.parametrize("name, key", [("softmax", "scores"), ("sts", "X"), ("attention_loss_and_grads", "V"),
+                                       ("fcn_loss_and_grads", "inputs"), ("overlap_loss", "overlaps")])
+def test_masked_arrays_are_refused(name, key):
+    """A mask would be dropped without a word."""
+    with pytest.raises(ValueError, match=rf"{key} must .* got MaskedArray"):
+        call(name, {**GOOD[name], key: np.ma.masked_array(GOOD[name][key])})
+
+
+def test_underflow_is_no_error():
+    """Sharp attention works for callers who run under np.seterr(all="raise")."""
+    with np.errstate(all="raise"):
+        assert ag.softmax([0.0, -1000.0]).tolist() == [1.0, 0.0]
+        ag.one_hot_loss_and_grads(1.0, 800.0, 4, 2, 3)
+        sts.overlap_loss(900.0, [[1.0, 0.0, 0.0]], 1, 2)
 
 
 # ---- documents --------------------------------------------------------------------------------------------
