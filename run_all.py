@@ -4,6 +4,7 @@ Each experiment reads set-up, run, draw, claims, and returns (figure, claims, he
 the panel that tells its story on its own. A claim is a number predicted, a number measured and a tolerance.
 """
 import argparse
+import collections
 import csv
 import itertools
 import math
@@ -88,6 +89,11 @@ def record(descent, times, progress, label):
             progress(f"{label}, step {state[0]} of {last}")
     t, params, loss = zip(*states)
     return np.array(t), params, np.array(loss)
+
+
+def final(states):
+    """The last state of a descent, the others forgotten on the way."""
+    return collections.deque(states, maxlen=1).pop()
 
 
 def cosine(matrix, direction):
@@ -384,7 +390,7 @@ def matrices(rng, quick, progress):
     T, q, d, eta, steps = 32, 3, 4, 2.0, 400 if quick else 2000
     true_V, true_W = in_full_model(np.eye(d), np.eye(T) - 1 / T)
     point = *in_full_model(np.eye(4) / 2, np.eye(8) - 1 / 8), np.eye(8), 2  # (A9, A10): V, W, E, q
-    sizes = np.array([64, 256, 1024] if quick else [64, 256, 1024, 4096])
+    sizes = np.array([16, 64, 256, 1024] if quick else [64, 256, 1024, 4096])
     laplace_T, laplace_B, laplace_steps = (4, 64, 60) if quick else (8, 128, 200)
 
     # run
@@ -398,7 +404,7 @@ def matrices(rng, quick, progress):
     cross, content = [], 0.0  # root mean squares of grad V_2 and grad W_12; the largest where (A9) says 0
     for B in sizes.tolist():
         progress(f"cross blocks, B = {B}")
-        grad_V, grad_W = sampled_gradients(rng, *point, B, 30 if quick else 100)
+        grad_V, grad_W = sampled_gradients(rng, *point, B, 100)
         cross.append([np.sqrt((block**2).mean()) for block in (grad_V[:, :, 4:], grad_W[:, :4, 4:])])
         content = max(content, abs(grad_W[:, :, :4]).max())
     _, grad_W = sampled_gradients(rng, *point, 1024, 40 if quick else 200, "gumbel")
@@ -406,12 +412,13 @@ def matrices(rng, quick, progress):
     ends = np.empty((24, 2, 2))  # run, batch size B or 2B, alpha or omega
     for run, k in np.ndindex(24, 2):
         progress("Laplace tokens")
-        *_, (_, (V, W), _) = online(rng, sts.one_hot_encoding(laplace_T), 2, 3, 0.25, laplace_B * (1 + k),
-                                    laplace_steps, tokens="laplace")
+        descent = online(rng, sts.one_hot_encoding(laplace_T), 2, 3, 0.25, laplace_B * (1 + k), laplace_steps,
+                         tokens="laplace")
+        _, (V, W), _ = final(descent)
         centred = W[3:, 3:] - W[3:, 3:].mean()
         ends[run, k] = np.trace(V[:, :3]) / 3, np.trace(centred) / (laplace_T - 1)
     extrapolated = mean_and_error(2 * ends[:, 1] - ends[:, 0])  # noise in V and W has a mean effect of 1/B
-    *_, (_, scalars, _) = sts.one_hot_recursion(laplace_T, 2, 3, 0.25, laplace_steps)
+    _, scalars, _ = final(sts.one_hot_recursion(laplace_T, 2, 3, 0.25, laplace_steps))
 
     # draw
     fig = Figure(figsize=(11, 5.6), layout="constrained")
@@ -692,7 +699,7 @@ def length(rng, quick, progress):
             for losses, tested in ((own, E[:, :k]), (other, sts.random_sign_encoding(rng, 64, k))):
                 losses[i, j] = population_loss_and_grads(*params, *on_population(tested, selected))[0] / L_0
     own, other = np.median(own, axis=0), np.median(other, axis=0)
-    *_, (_, scalars, _) = sts.one_hot_recursion(T, q, d, eta, steps)
+    _, scalars, _ = final(sts.one_hot_recursion(T, q, d, eta, steps))
     one_hot = [one_hot_longer(rng, *scalars, T, k, B, q) for k in lengths]
 
     # draw
@@ -840,7 +847,7 @@ def above_floors(name, networks):
 
 def scalar_transformer(rng, B, steps, T, q, d, d_e):
     """L/L_0 and its standard error after descent of the two scalars (S1)-(S3): dual query, fresh encodings."""
-    *_, (_, (alpha, c), _) = two_scalars(lambda: sts.overlaps(rng, B, T, q, d_e), q, d, d_e, 3.0, steps)
+    _, (alpha, c), _ = final(two_scalars(lambda: sts.overlaps(rng, B, T, q, d_e), q, d, d_e, 3.0, steps))
     a = softmax(c * sts.overlaps(rng, 4000, T, q, d_e))
     return mean_and_error(losses_on_line(alpha, a, first_subset(4000, T, q)))
 
@@ -882,7 +889,7 @@ def floor(rng, quick, progress):
         batches = iter(itertools.tee(stream, len(by_adam + by_plain)))                  # each run sees all of it
         runs = [fcn_run(rng, m, size["T"], 4, next(batches), rate, steps) for m in by_adam]
         runs += [fcn_run(rng, m, size["T"], 4, next(batches), 0.1, steps, plain=True) for m in by_plain]
-        *_, (_, networks) = side_by_side(runs, steps, progress, f"{len(runs)} networks at T = {size['T']}")
+        _, networks = final(side_by_side(runs, steps, progress, f"{len(runs)} networks at T = {size['T']}"))
         inputs, target = draw(tests, size)
         trained.append(np.array([judged(params, inputs, target, **size) for params in networks]))
     progress("transformers")
@@ -1152,7 +1159,7 @@ def fcn_test(rng, S, n, T, d):
     losses = []
     for _ in range(S):
         batch = fcn_batch(rng, n, T, 2, d)
-        *_, (_, params, _) = fcn_run(rng, 2 * T * d, T, d, itertools.repeat(batch), 6e-3, 50, start=1.0)
+        _, params, _ = final(fcn_run(rng, 2 * T * d, T, d, itertools.repeat(batch), 6e-3, 50, start=1.0))
         losses.append(fcn_loss_and_grads(*params, test_inputs, test_target)[0] * 4 / d)
     return losses
 
@@ -1176,9 +1183,9 @@ def attention_test(rng, kind, S, n, T, d, fresh, time):
     if kind != "stochastic":  # that of W (O5) too, and far below it, since random columns are not orthonormal
         stable = min(stable, 0.4 * sts.largest_stable_eta(T, 2, d))
     steps = math.ceil(time / stable)
-    *_, (_, (V, W), _) = sts.gradient_descent(
+    _, (V, W), _ = final(sts.gradient_descent(
         (np.zeros((S, d, d)), np.zeros((S, d_e, d_e))),
-        lambda V, W: sequence_loss_and_grads(V, W, X, *next(pairs), target), time / steps, steps)
+        lambda V, W: sequence_loss_and_grads(V, W, X, *next(pairs), target), time / steps, steps))
     tests = [on_population(fresh, first_subset(len(fresh), T, 2))] * S
     if kind != "stochastic":
         tests = [on_population(own, sts.all_subsets(T, 2)) for own in E]
