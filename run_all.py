@@ -1475,9 +1475,10 @@ def run(options, start):
     if set(SUMMARY) <= set(headlines):
         write_whole(options.out / "summary.png", summary(headlines).savefig)
     write_whole(options.out / "claims.csv", lambda path: write_table(claims, path))
+    statement = min(88, max(30, shutil.get_terminal_size().columns - 88)) if live else 88  # cut to the terminal
     for row in [{key: key for key in claims[0]}, *claims]:
-        cells = zip(row.values(), (20, 88, 12, 14, 13, 9, 7))
-        print("  ".join(f"{cell:<{width}}" for cell, width in cells).rstrip())
+        cells = zip(row.values(), (20, statement, 12, 14, 13, 9, 7))
+        print("  ".join(f"{cell[:width] if live else cell:<{width}}" for cell, width in cells).rstrip())
     held = sum(row["verdict"] == "ok" for row in claims)
     print(f"{held} of {len(claims)} claims hold; figures and claims.csv are in {options.out}")
     return 0 if held == len(claims) else 1
