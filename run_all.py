@@ -1043,7 +1043,7 @@ def fixed(rng, quick, progress):
     # set-up
     T, q, d, eta, steps = (16, 2, 8, 2.5, 300) if quick else (20, 2, 8, 2.5, 600)
     L_0, centre, times = d / (2 * q), np.eye(T) - 1 / T, log_steps(steps, 25)
-    sizes = [8, 12, 32] if quick else [5, 10, 15, 20, 30, 40, 80]
+    sizes = [8, 12, 32] if quick else [5, 10, 15, 20, 40, 80]
     first, longer = first_subset(1024, T, q), sts.all_subsets(2 * T, q)
 
     # run
@@ -1203,9 +1203,9 @@ def crossing(n, loss, level=0.1):
 def samples(rng, quick, progress):
     """n fixed sequences: with fresh encodings n need only grow like d, with fixed ones it grows like T."""
     # set-up
-    (short, long), dims, duration, most = ((8, 16), (16,), 8000, 7) if quick else ((8, 20), (10, 16), 12_000, 9)
+    (short, long), dims, duration, most = ((8, 16), (16,), 8000, 7) if quick else ((8, 20), (10, 16), 10_500, 8)
     over_d = np.array([1/2, 7/8, 5/4, 3/2, 4, 32] if quick else [1/2, 7/8, 1, 5/4, 3/2, 2, 4, 32])
-    over_T = np.array([1, 2, 3, 4, 6] if quick else [1/2, 1, 2, 3, 4, 8])          # and n = 32 d
+    over_T = np.array([1, 2, 3, 4, 6] if quick else [1/2, 1, 2, 3, 4, 8])          # and d/2, 32 d
     fcn_over_d = np.array([2] if quick else [1/2, 4, 32])
 
     # run
@@ -1215,9 +1215,9 @@ def samples(rng, quick, progress):
     for T, d in itertools.product((short, long), dims):
         fresh, by_position = sts.random_sign_encoding(rng, 32, T, 1024), over_T * T
         if not quick:
-            by_position = np.append(by_position, 32 * d)
+            by_position = np.unique(np.append(by_position, [d / 2, 32 * d]))
         for kind, n in (("stochastic", over_d * d), ("fixed", by_position), ("one-hot", by_position),
-                        ("fcn", fcn_over_d[:3 if d == dims[0] else 2] * d)):  # 32 d only once: it is slow
+                        ("fcn", fcn_over_d * d)):
             time, losses = duration / d if kind == "stochastic" else 300 * T / d, []
             for size in n.astype(int).tolist():
                 progress(f"{kind}, T = {T}, d = {d}, n = {size}")
