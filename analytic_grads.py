@@ -59,7 +59,7 @@ def _finite(**arrays):
 
 
 def _reals(**values):
-    """Numbers, or arrays of them that broadcast: finite, in float64."""
+    """Numbers, or arrays of them: finite, in float64."""
     arrays = []
     for name, value in values.items():
         array = _as_real(name, value)
@@ -67,7 +67,6 @@ def _reals(**values):
             raise ValueError(f"{name} must be real numbers; got {value!r:.60}")
         _finite(**{name: array})
         arrays.append(array.astype(float)[()])
-    _broadcast(**values)
     return _one_or_all(arrays)
 
 
@@ -96,7 +95,8 @@ def _sizes(many=False, least=1, **sizes):
         if array.dtype.kind not in "iu" or (array.ndim and not many) or not (array >= least).all():
             raise ValueError(f"{name} must be {'integers' if many else 'an integer'} >= {least}; got {size!r:.60}")
         out.append(array.astype(np.int64) if array.ndim else int(array))
-    _broadcast(**sizes)
+    if many:
+        _broadcast(**sizes)
     if "q" in sizes and "T" in sizes and np.any(np.greater(sizes["q"], sizes["T"])):
         raise ValueError(f"q must be at most T = {sizes['T']}; got {sizes['q']}")
     return _one_or_all(out)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from analytic_grads import (_arrays, _broadcast, _check_results, _finite, _numbers, _one_hot, _quiet,
-                            _reals, _selection, _sizes, softmax)
+                            _reals, _selection, _sizes, _softmax)
 
 # ---- the task -------------------------------------------------------------------------------------
 
@@ -230,7 +230,7 @@ def transformer(V, W, Z, z_query):
     V, W, Z, z_query = _arrays("V:dD W:DD Z:BDT z_query:BD", V, W, Z, z_query)
     scores = ((z_query @ W.T)[:, None, :] @ Z)[:, 0, :]
     _check_results(scores, V=V, W=W, Z=Z, z_query=z_query)
-    f = (Z @ softmax(scores)[:, :, None])[:, :, 0] @ V.T
+    f = (Z @ _softmax(scores)[:, :, None])[:, :, 0] @ V.T
     _check_results(f, V=V, Z=Z)
     return f
 
@@ -278,10 +278,11 @@ def _fits(result, params):
 
 def _descend(params, loss_and_grads, learning_rate, steps):
     diverged = f"gradient descent diverged with learning_rate {learning_rate:g}"
+    evaluate = _quiet(loss_and_grads)                         # an overflow is the error below, not a warning
+    update = _quiet(lambda params, grads: tuple(param - learning_rate * grad for param, grad in zip(params, grads)))
     for t in range(steps + 1):
         try:
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # overflow is an error below
-                result = loss_and_grads(*params)
+            result = evaluate(*params)
         except OverflowError as error:
             raise FloatingPointError(f"{diverged}: at step {t} {error}") from None
         if t == 0:
@@ -291,8 +292,7 @@ def _descend(params, loss_and_grads, learning_rate, steps):
             raise FloatingPointError(f"{diverged}: the loss is not finite at step {t}")
         yield t, params, loss
         if t < steps:
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                params = tuple(param - learning_rate * grad for param, grad in zip(params, grads))
+            params = update(params, grads)
             if not all(np.isfinite(param).all() for param in params):
                 raise FloatingPointError(f"{diverged}: a parameter is not finite after step {t + 1}")
 
@@ -469,7 +469,7 @@ def overlap_loss(c, overlaps, q, d):
     _fewer(q, T)
     scores = _numbers(c=c) * u
     _check_results(scores, overlaps=u)
-    a = softmax(scores)
+    a = _softmax(scores)
     on, off = a[:, :q], a[:, q:]
     off_sq = np.einsum("bt,bt->b", off, off).mean()
     uneven = q * on.var(axis=1).mean()
@@ -573,7 +573,8 @@ def length_loss(alpha, c, T, q, d, sigma2):
     0.51
     """
     c, T, q, d, sigma2 = _sharpness(c, T, q, d, sigma2)
-    alpha, _ = _reals(alpha=alpha, c=c)
+    alpha = _reals(alpha=alpha)
+    _broadcast(alpha=alpha, c=c)
     p, M, v, _ = _moments(c, T, q, sigma2)
     spread = p**4 * v / q**3 + (p / q)**2 * M
     loss = d / 2 * ((1 - alpha * p)**2 / q + alpha**2 * spread)  # the square completed: never negative
