@@ -585,9 +585,9 @@ def length_loss(alpha, c, T, q, d, sigma2):
 def stochastic_floor(T, q, d, d_e, query="dual"):
     """The least loss over c that encodings of dimension d_e allow: (S8), and (S9) for the sum query.
 
-    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative. Sum, q >= 3: L_0 min_c M/(q+M) with
-    M = c^2 (q-1)(q-2)/d_e + (T-q) e^{-2c + 2c^2 tau^2} and tau^2 = (q + 2(q-1)/q)/d_e; at q = 1, 2 as the dual.
-    Never above L_0.
+    Dual: L_0 ((T-q)/q) e^{-d_e/(2q)}, conservative for q <= 4, up to 1.4 times too low from q = 8 on. Sum, q >= 3:
+    L_0 min_c M/(q+M) with M = c^2 (q-1)(q-2)/d_e + (T-q) e^{-2c + 2c^2 tau^2} and tau^2 = (q + 2(q-1)/q)/d_e; at
+    q = 1, 2 as the dual. Never above L_0. An estimate.
 
     Parameters: T, q, d, d_e : integers, q < T; query : "dual" or "sum"
     Returns: the loss, a float
@@ -609,6 +609,8 @@ def stochastic_floor(T, q, d, d_e, query="dual"):
 
 def required_dimension(T, q, eps):
     """The d_e that is enough for L/L_0 <= eps with the dual query: 2 q log(T/(q eps)), rounded up (S8).
+
+    An estimate: conservative for q <= 4, q - 1 too small from q = 8 on.
 
     Parameters: T, q : integers, q < T; eps : number in (0, 1)
     Returns: an int
