@@ -166,11 +166,6 @@ def set_descent(E, q, d, eta, steps):
     return descend(population_loss_and_grads, lambda: whole, (d, d), len(E), eta, steps)
 
 
-def matrix_descent(T, q, d, eta, steps):
-    """Matrix descent on one-hot encodings, the population over all subsets (P2, P4)."""
-    return set_descent(sts.one_hot_encoding(T), q, d, eta, steps)
-
-
 def scalar_descent(times, progress, T, q, d, eta):
     """alpha, omega and the loss at the given times of the recursion (O3, O4), as arrays."""
     descent = sts.one_hot_recursion(T, q, d, eta, int(max(times)))
@@ -241,7 +236,8 @@ def dynamics(rng, quick, progress):
     # run
     times = log_steps(late, 120)
     alpha, omega, loss = scalar_descent(times, progress, T, q, d, eta)
-    small_t, _, small_loss = record(matrix_descent(8, 3, 5, 1.0, 1000), log_steps(1000, 25), progress, "T = 8")
+    descent = set_descent(np.eye(8), 3, 5, 1.0, 1000)
+    small_t, _, small_loss = record(descent, log_steps(1000, 25), progress, "T = 8")
 
     _, path, escape_loss = scalar_descent(range(escape_steps + 1), progress, escape_T, 4, 8, escape_eta)
     crossing = first_crossing(path, np.log((escape_T - 4) / 4))
@@ -1336,7 +1332,7 @@ def shown_entries(matrix):
 def trace(steps, T, q, d, eta):
     """Each update of matrix descent over all subsets next to the update that (O1)-(O4) predict."""
     one_hot_loss_and_grads(0.0, 0.0, T, q, d)  # refuses sizes that do not fit, by name
-    descent, alpha, omega = matrix_descent(T, q, d, eta, steps), 0.0, 0.0
+    descent, alpha, omega = set_descent(np.eye(T), q, d, eta, steps), 0.0, 0.0
     (t, (V, W), loss), centre, identity = next(descent), np.eye(T) - 1 / T, np.eye(d)
     print(f"T = {T}, q = {q}, d = {d}, eta = {eta:g}, one-hot encodings, all {math.comb(T, q)} subsets, "
           f"from V = 0, W = 0\ncode : V, W and grad_V, grad_W of population_loss_and_grads (P2, P4)\n"
