@@ -217,13 +217,6 @@ def one_hot_time(z, T, q, d, eta):
     return (q**2 * (z - 1) + 2 * q * r * np.log(z) + r**2 * (1 - 1 / z)) * (T - 1) / (2 * eta * d * r)
 
 
-def first_crossing(path, level):
-    """When each column of a path, a row a step, reaches its level, linear between the steps (below 0: never)."""
-    after, columns = np.argmax(path >= level, axis=0), np.arange(path.shape[1])
-    start, end = path[after - 1, columns], path[after, columns]
-    return after - 1 + (level - start) / (end - start)
-
-
 def dynamics(rng, quick, progress):
     """The two scalars of the proof: matrix descent against the recursion against the closed forms."""
     # set-up
@@ -239,8 +232,9 @@ def dynamics(rng, quick, progress):
     descent = set_descent(np.eye(8), 3, 5, 1.0, 1000)
     small_t, _, small_loss = record(descent, log_steps(1000, 25), progress, "T = 8")
 
-    _, path, escape_loss = scalar_descent(range(escape_steps + 1), progress, escape_T, 4, 8, escape_eta)
-    crossing = first_crossing(path, np.log((escape_T - 4) / 4))
+    _, omegas, escape_loss = scalar_descent(range(escape_steps + 1), progress, escape_T, 4, 8, escape_eta)
+    half = np.log((escape_T - 4) / 4)  # the omega that has half of the attention on y; omega never falls
+    crossing = np.array([np.interp(x, path, range(escape_steps + 1)) for x, path in zip(half, omegas.T)])
     predicted = np.array([sts.escape_time(int(size), 4, 8, escape_eta) for size in escape_T])
 
     escape = sts.escape_time(**mid)
