@@ -74,9 +74,9 @@ def finish(ax, xlabel, ylabel, legend="lower left", heading=None, columns=1, ysc
     ax.legend(loc=legend, title=heading, ncols=columns, alignment="left")
 
 
-def log_steps(last, count=60):
-    """About `count` steps from 1 to `last`, evenly spaced in the logarithm."""
-    return np.unique(np.round(np.geomspace(1, last, count)).astype(int))
+def log_steps(last, count=60, first=1):
+    """About `count` steps from `first` to `last`, evenly spaced in the logarithm."""
+    return np.unique(np.round(np.geomspace(first, last, count)).astype(int))
 
 
 def record(descent, times, progress, label):
@@ -238,7 +238,7 @@ def dynamics(rng, quick, progress):
     predicted = np.array([sts.escape_time(int(size), 4, 8, escape_eta) for size in escape_T])
 
     escape = sts.escape_time(**mid)
-    mid_t = np.unique(np.round(np.geomspace(mid["T"] / mid["eta"], 10.5 * escape, 200)).astype(int))
+    mid_t = log_steps(10.5 * escape, 200, mid["T"] / mid["eta"])
     _, _, mid_loss = scalar_descent(mid_t, progress, **mid)
     mid_error = abs(mid_loss / sts.one_hot_loss_at(mid_t, **mid) - 1)
     mid_z = one_hot_z(mid_loss, mid["T"], mid["q"], mid["d"])
@@ -545,7 +545,7 @@ def stochastic(rng, quick, progress):
     frozen, held = (sts.overlaps(rng, B, T, q, d_e) for B in ((600, 5000) if quick else (2000, 20_000)))
     descent = two_scalars(lambda: frozen, q, d, d_e, eta, last)
     _, params, loss = record(descent, range(last + 1), progress, "two scalars")
-    checked = np.round(np.geomspace(start, last, 5)).astype(int)
+    checked = log_steps(last, 5, start)
     shown = np.union1d(log_steps(last, 25), checked)
     measured = np.array([stochastic_loss_and_grads(*params[t], held, q, d, d_e)[0] for t in shown]) / L_0
     predicted = sts.stochastic_trajectory(shown, T, q, d, d_e, eta)[2] / L_0
