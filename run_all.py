@@ -1279,14 +1279,12 @@ EXPERIMENTS = {f.__name__: f for f in (dynamics, matrices, stochastic, length, f
 
 def write_whole(path, write):
     """Write to a temporary name beside `path` and move it there: an interrupted run leaves the old file whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
+    temporary = path.with_name(f".{os.getpid()}_{path.name}")  # of its own: two runs may share a folder
     try:
         write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_table(claims, path):
@@ -1492,15 +1490,11 @@ def main(argv=None):
         except OSError as error:
             parser.error(f"--out must be a folder that can be written; got {options.out} ({error.strerror})")
         return run(options, start)
-    except FloatingPointError as error:
-        print(f"\nrun_all.py: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader has gone, as in `--trace 9 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a full disk, a folder gone
+    except (FloatingPointError, OSError) as error:  # a descent that diverges; a full disk, a folder gone
         print(f"\nrun_all.py: {error}", file=sys.stderr)
-        return 1
+    return 1
 
 
 if __name__ == "__main__":
