@@ -1295,23 +1295,23 @@ def write_table(claims, path):
         writer.writerows(claims)
 
 
+def show(line, end="\n"):
+    """Print a line; on a terminal in place of the one there, cut to its width so that it never wraps."""
+    live, width = sys.stdout.isatty(), min(100, shutil.get_terminal_size().columns - 1)
+    print(f"\r{line:<{width}.{width}}" if live else line, end=end if live else "\n", flush=True)
+
+
 def reporter(place, start):
     """progress(text): one line kept up to date on a terminal; elsewhere a line at most every five seconds."""
-    live, last = sys.stdout.isatty(), [0.0 if sys.stdout.isatty() else time.monotonic()]
+    pause, last = (0.1, 0.0) if sys.stdout.isatty() else (5.0, time.monotonic())
 
     def progress(text):
+        nonlocal last
         now = time.monotonic()
-        if now - last[0] > (0.1 if live else 5.0):
-            last[0] = now
-            line = f"{place}: {text} ({now - start:.0f} s)"
-            print(on_terminal(line) if live else line, end="" if live else "\n", flush=True)
+        if now - last > pause:
+            last = now
+            show(f"{place}: {text} ({now - start:.0f} s)", end="")
     return progress
-
-
-def on_terminal(line):
-    """The line in place of the one on the terminal, cut to its width so that it never wraps."""
-    width = min(100, shutil.get_terminal_size().columns - 1)
-    return f"\r{line:<{width}.{width}}"
 
 
 def shown_entries(matrix):
@@ -1447,15 +1447,14 @@ def run(options, start):
     matplotlib.rcParams.update(STYLE | {"figure.dpi": 75 if options.quick else 150})
     for i, name in enumerate(options.names, 1):
         place = f"[{i}/{len(options.names)}] {name}"
-        print(f"{place} ...", end="" if live else "\n", flush=True)
+        show(f"{place} ...", end="")
         rng = np.random.default_rng([options.seed, *name.encode()])
         fig, found, headlines[name] = EXPERIMENTS[name](rng, options.quick, reporter(place, start))
         number = list(EXPERIMENTS).index(name) + 1
         write_whole(options.out / f"{number}_{name}.png", fig.savefig)
         claims += found
         held = sum(row["verdict"] == "ok" for row in found)
-        line = f"{place}: {held} of {len(found)} claims hold ({time.monotonic() - start:.1f} s so far)"
-        print(on_terminal(line) if live else line, flush=True)
+        show(f"{place}: {held} of {len(found)} claims hold ({time.monotonic() - start:.1f} s so far)")
     if set(SUMMARY) <= set(headlines):
         write_whole(options.out / "summary.png", summary(headlines).savefig)
     write_whole(options.out / "claims.csv", lambda path: write_table(claims, path))
