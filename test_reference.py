@@ -73,15 +73,6 @@ def slope(loss, params, directions):
     return np.imag(loss(*(param + 1e-30j * way for param, way in zip(params, directions)))) / 1e-30
 
 
-def numerical_grads(loss, params):
-    grads = []
-    for k, param in enumerate(params):
-        units = np.eye(np.size(param)).reshape(-1, *np.shape(param))
-        ways = [[unit if j == k else 0.0 for j in range(len(params))] for unit in units]
-        grads.append(np.reshape([slope(loss, params, way) for way in ways], np.shape(param)))
-    return grads
-
-
 # ---- forward passes, written again --------------------------------------------------------------------
 
 def attend(scores):
@@ -184,7 +175,8 @@ def test_gradients_complex_step(size, query):
     for name, (call, loss, params, sizes, _) in cases(s):
         value, *grads = call(*params)
         close(value, loss(*params), 1e-12)
-        for grad, size, want in zip(grads, sizes[1:], numerical_grads(loss, params)):
+        for k, (grad, size) in enumerate(zip(grads, sizes[1:])):
+            want = run_all.complex_step(loss, params, k)
             close(grad, want, 1e-12, max(abs(want).max(), 1e-3 * size))  # 0 in theory where T = 1 or q = T
 
 
@@ -194,8 +186,8 @@ def test_attention_any_width():
     for B, d, D, T in [(2, 3, 1, 5), (3, 1, 7, 2), (4, 2, 2, 1)]:
         data = [rng.standard_normal(shape) for shape in ((B, D, T), (B, D), (B, d))]
         V, W = rng.standard_normal((d, D)), rng.standard_normal((D, D)) / D
-        _, *grads = ag.attention_loss_and_grads(V, W, *data)
-        for grad, want in zip(grads, numerical_grads(lambda V, W: attention_loss(V, W, *data), (V, W))):
+        for k, grad in enumerate(ag.attention_loss_and_grads(V, W, *data)[1:]):
+            want = run_all.complex_step(lambda V, W: attention_loss(V, W, *data), (V, W), k)
             close(grad, want, 1e-12, max(abs(want).max(), 1e-3))
     D, T = 31, 127
     B = 2 * ag.PIECE // (D * T) + 3
@@ -224,16 +216,10 @@ def test_fcn_finite_differences():
     W1, b1, A, b2 = network = [rng.standard_normal(shape) for shape in ((5, 4), (5,), (3, 5), (3,))]
     inputs, target = rng.standard_normal((60, 4)), rng.standard_normal((60, 3))
     away = abs(inputs @ W1.T + b1).min(axis=1) > 0.01
-    inputs, target, h = inputs[away], target[away], 1e-5
-    loss = lambda network: ((sts.fcn(*network, inputs) - target)**2).sum() / (2 * len(inputs))
+    inputs, target = inputs[away], target[away]
+    loss = lambda *network: ((sts.fcn(*network, inputs) - target)**2).sum() / (2 * len(inputs))
     for k, grad in enumerate(ag.fcn_loss_and_grads(*network, inputs, target)[1:]):
-        want = np.zeros_like(grad)
-        for index in np.ndindex(grad.shape):
-            ends = [[param.copy() for param in network] for _ in "+-"]
-            ends[0][k][index] += h
-            ends[1][k][index] -= h
-            want[index] = (loss(ends[0]) - loss(ends[1])) / (2 * h)
-        close(grad, want, 1e-7)
+        close(grad, run_all.complex_step(loss, network, k, h=1e-5), 1e-7)
     grads = ag.fcn_loss_and_grads([[1.0]], [0.0], [[1.0]], [0.0], [[0.0]], [[1.0]])[1:]
     assert [float(grad.item()) for grad in grads] == [0, 0, 0, -1]  # relu has derivative 0 at 0
 
