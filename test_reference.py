@@ -96,12 +96,10 @@ def scalar_loss(alpha, c, u, q, d):
     return d * ((alpha * attend(c * u) - (np.arange(u.shape[1]) < q) / q)**2).sum() / (2 * len(u))
 
 
-def network_loss(active):
-    """The network's loss on the linear piece where these hidden units are active."""
-    def loss(W1, b1, A, b2, inputs, target):
-        hidden = (np.einsum("mn,bn->bm", W1, inputs) + b1) * active
-        return ((np.einsum("dm,bm->bd", A, hidden) + b2 - target)**2).sum() / (2 * len(inputs))
-    return loss
+def network_loss(W1, b1, A, b2, inputs, target):
+    pre = np.einsum("mn,bn->bm", W1, inputs) + b1
+    hidden = pre * (np.real(pre) > 0)  # a complex step stays on the linear piece
+    return ((np.einsum("dm,bm->bd", A, hidden) + b2 - target)**2).sum() / (2 * len(inputs))
 
 
 # ---- the five gradient functions, on settings of any size ------------------------------------------------
@@ -157,9 +155,8 @@ def cases(s, rows=slice(None)):
     W1, b1, A, b2 = s["network"]
     hidden, fed = norm(W1) * longest(inputs) + norm(b1), longest(inputs)
     residual = norm(A) * hidden + norm(b2) + longest(target)
-    loss = network_loss(np.einsum("mn,bn->bm", W1, inputs) + b1 > 0)
     yield "network", (lambda *network: ag.fcn_loss_and_grads(*network, inputs, target),
-                      lambda *network: loss(*network, inputs, target), s["network"], np.multiply(
+                      lambda *network: network_loss(*network, inputs, target), s["network"], np.multiply(
                           residual, (residual / 2, norm(A) * fed, norm(A), hidden, 1.0)), 0.0)
 
 
@@ -224,14 +221,6 @@ def test_fcn_finite_differences():
     assert [float(grad.item()) for grad in grads] == [0, 0, 0, -1]  # relu has derivative 0 at 0
 
 
-def full_model(V, W):
-    """V and W of the full model that reads content by V and positions by W."""
-    (d, _), d_e = V.shape, len(W)
-    W_full = np.zeros((d + d_e, d + d_e))
-    W_full[d:, d:] = W
-    return np.hstack([V, np.zeros((d, d_e))]), W_full
-
-
 # ---- random sizes -------------------------------------------------------------------------------------
 
 def permuted(s, order):
@@ -292,7 +281,7 @@ def test_population_enumerated():
     subsets = sts.all_subsets(T, q)
     X, selected = np.repeat(tokens, len(subsets), axis=0), np.tile(subsets, (len(tokens), 1))
     loss, grad_V, grad_W = ag.attention_loss_and_grads(
-        *full_model(V, W), *sts.full_inputs(X, E, sts.sum_query(E, selected)), sts.sts(X, selected))
+        *run_all.in_full_model(V, W), *sts.full_inputs(X, E, sts.sum_query(E, selected)), sts.sts(X, selected))
     want = ag.population_loss_and_grads(V, W, E, sts.sum_query(E, subsets), subsets)
     for got, exact in zip((loss, grad_V[:, :d], grad_W[d:, d:]), want):
         close(got, exact, 1e-12)
@@ -306,9 +295,8 @@ def test_population_sampled(tokens):
     E, V, W = (rng.standard_normal(shape) for shape in ((d_e, T), (d, d), (d_e, d_e)))
     found, subsets = [], sts.all_subsets(T, q)
     for _ in range(500):
-        X, selected = sts.sample_batch(rng, 40, T, q, d, tokens)
-        inputs = sts.full_inputs(X, E, sts.sum_query(E, selected))
-        loss, grad_V, grad_W = ag.attention_loss_and_grads(*full_model(V, W), *inputs, sts.sts(X, selected))
+        batch = run_all.on_samples(E, *sts.sample_batch(rng, 40, T, q, d, tokens), "sum")
+        loss, grad_V, grad_W = ag.attention_loss_and_grads(*run_all.in_full_model(V, W), *batch)
         found.append(np.concatenate([[loss], grad_V[:, :d].ravel(), grad_W[d:, d:].ravel()]))
     exact = ag.population_loss_and_grads(V, W, E, sts.sum_query(E, subsets), subsets)
     within_errors(found, np.concatenate([np.ravel(part) for part in exact]))
@@ -332,7 +320,7 @@ def test_one_hot_line(T, q, d):
 def test_sign_encodings_enumerated(query, q):
     """Over all 2^6 sign patterns (d_e = 2, T = 3): (S1), (N1), and the law of `overlaps`."""
     d_e, T, d, c = 2, 3, 2, 1.7
-    signs = np.array(list(itertools.product([-1.0, 1.0], repeat=d_e * T))).reshape(-1, d_e, T) / math.sqrt(d_e)
+    signs = run_all.all_signs(d_e, T)
     first = np.tile(1.0 * (np.arange(T) < q), (len(signs), 1))
     e_query = sts.QUERIES[query](signs, first)
     u = np.einsum("bet,be->bt", signs, e_query)
@@ -343,7 +331,7 @@ def test_sign_encodings_enumerated(query, q):
     rng, total = np.random.default_rng(6), np.zeros((d_e, d_e))
     for X, y in zip(rng.standard_normal((3, d, T)), np.eye(T)):  # a data set of three: averaged over E alone
         selected = np.tile(y, (len(signs), 1))
-        V, W = full_model(rng.standard_normal((d, d)), c * np.eye(d_e))
+        V, W = run_all.in_full_model(rng.standard_normal((d, d)), c * np.eye(d_e))
         inputs = sts.full_inputs(np.tile(X, (len(signs), 1, 1)), signs, sts.QUERIES[query](signs, selected))
         total += ag.attention_loss_and_grads(V, W, *inputs, np.tile(X @ y, (len(signs), 1)))[2][d:, d:]
     close(total, total[0, 0] * np.eye(d_e), 1e-14, 1 + abs(total).max())
