@@ -704,16 +704,8 @@ def test_adam():
 
 def test_long_run():
     """10^5 steps of matrices and scalars at 0.9 of the stable eta stay within 1e-10."""
-    T, q, d, worst = 3, 2, 1, 0.0
-    E, subsets, centre = np.eye(T), sts.all_subsets(T, q), np.eye(T) - 1 / T
-    eta, e_query = 0.9 * sts.largest_stable_eta(T, q, d), sts.sum_query(E, subsets)
-    matrices = sts.gradient_descent(
-        (np.zeros((d, d)), np.zeros((T, T))),
-        lambda V, W: ag.population_loss_and_grads(V, W, E, e_query, subsets), eta, 100_000)
-    for (t, (V, W), _), (_, (alpha, omega), _) in zip(matrices, sts.one_hot_recursion(T, q, d, eta, 100_000)):
-        if t % 100 == 0:
-            worst = max(worst, abs(V - alpha * np.eye(d)).max(), abs(W - omega * centre).max())
-    assert t == 100_000 and worst <= 1e-10, f"largest difference {worst:.3g}"
+    worst = run_all.off_the_line(np.eye(3), 2, 1, 0.9 * sts.largest_stable_eta(3, 2, 1), 100_000)
+    assert worst <= 1e-10, f"largest difference {worst:.3g}"
 
 
 @pytest.mark.parametrize("size", [800.0, 1e100, 1e300])
