@@ -365,8 +365,7 @@ def one_hot_loss_at(t, T, q, d, eta):
     >>> float(one_hot_loss_at(0, T=4, q=1, d=2, eta=1.0))
     0.75
     """
-    T, q, d = _sizes(T=T, q=q, d=d)
-    _fewer(q, T)
+    T, q, d = _sizes_below(T=T, q=q, d=d)
     eta = _numbers(above=0, eta=eta)
     t = _at_least_zero("t", t)
     r = T - q
@@ -387,9 +386,12 @@ def _at_least_zero(name, value):
     return array
 
 
-def _fewer(q, T, factor=1):
+def _sizes_below(factor=1, **sizes):
+    """The sizes T, q and others as `_sizes` gives them, with q < T/factor."""
+    T, q, *_ = checked = _sizes(**sizes)
     if factor * q >= T:
         raise ValueError(f"q must be below {f'T/{factor}' if factor > 1 else 'T'}, T = {T}; got {q}")
+    return checked
 
 
 def escape_time(T, q, d, eta):
@@ -402,8 +404,7 @@ def escape_time(T, q, d, eta):
     >>> round(escape_time(T=1024, q=2, d=4, eta=2.0) * 2.0 * 4 / 1024**2, 4)
     1.0419
     """
-    T, q, d = _sizes(T=T, q=q, d=d)
-    _fewer(q, T, factor=2)
+    T, q, d = _sizes_below(T=T, q=q, d=d, factor=2)
     eta = _numbers(above=0, eta=eta)
     r = T - q
     at_optimum = (T - 1) / (eta * d * r) * (T * (T - 2 * q) + 2 * q * r * math.log(r / q))
@@ -465,8 +466,7 @@ def overlap_loss(c, overlaps, q, d):
     0.75
     """
     u = _arrays("overlaps:BT", overlaps)
-    T, q, d = _sizes(T=u.shape[1], q=q, d=d)
-    _fewer(q, T)
+    T, q, d = _sizes_below(T=u.shape[1], q=q, d=d)
     scores = _numbers(c=c) * u
     _check_results(scores, overlaps=u)
     a = _softmax(scores)
@@ -492,8 +492,7 @@ def _best_alpha(p, M, q):
 
 def _sharpness(c, T, q, d, sigma2):
     """The door of the closed forms in c: c >= 0, and below the floor, where they stop being valid."""
-    T, q, d = _sizes(T=T, q=q, d=d)
-    _fewer(q, T)
+    T, q, d = _sizes_below(T=T, q=q, d=d)
     c, sigma2 = _at_least_zero("c", c), _at_least_zero("sigma2", _numbers(sigma2=sigma2))
     if (c * sigma2 > 0.5).any():
         raise ValueError(f"c must be at most 1/(2 sigma2) = {0.5 / sigma2:g}, where the overlaps' tail "
@@ -538,8 +537,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     >>> round(float(loss / (4 / 6)), 4)
     0.0617
     """
-    T, q, d, d_e = _sizes(T=T, q=q, d=d, d_e=d_e)
-    _fewer(q, T)
+    T, q, d, d_e = _sizes_below(T=T, q=q, d=d, d_e=d_e)
     eta = _numbers(above=0, eta=eta)
     t, sigma2 = _at_least_zero("t", t), overlap_variance(q, d_e)
     grid = np.linspace(0.0, min(0.5 / sigma2, 40.0), 8001)
@@ -596,8 +594,7 @@ def stochastic_floor(T, q, d, d_e, query="dual"):
     >>> round(stochastic_floor(T=32, q=3, d=4, d_e=128, query="sum") * 6 / 4, 2)
     0.08
     """
-    T, q, d, d_e = _sizes(T=T, q=q, d=d, d_e=d_e)
-    _fewer(q, T)
+    T, q, d, d_e = _sizes_below(T=T, q=q, d=d, d_e=d_e)
     _choice("query", query, QUERIES)
     if query == "dual" or q <= 2:
         return d / (2 * q) * min(1.0, (T - q) / q * math.exp(-d_e / (2 * q)))                  # (S8)
@@ -619,8 +616,7 @@ def required_dimension(T, q, eps):
     >>> required_dimension(T=1024, q=3, eps=0.01)
     63
     """
-    T, q = _sizes(T=T, q=q)
-    _fewer(q, T)
+    T, q = _sizes_below(T=T, q=q)
     eps = _numbers(above=0, below=1, eps=eps)
     return math.ceil(2 * q * (math.log(T / q) - math.log(eps)))
 
