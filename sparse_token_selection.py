@@ -316,13 +316,11 @@ def adam(loss_and_grads, steps, beta1=0.9, beta2=0.999):
     steps = _sizes(steps=steps)
     beta1, beta2 = _numbers(above=0, below=1, beta1=beta1, beta2=beta2)
     _callable(loss_and_grads)
-    t, mean, square = 0, None, None
+    t, mean, square = 0, itertools.repeat(0.0), itertools.repeat(0.0)  # zeros, one for each parameter
 
     def directions(*params):
         nonlocal t, mean, square
         loss, *grads = loss_and_grads(*params)
-        if t == 0:
-            mean, square = [0.0 * grad for grad in grads], [0.0 * grad for grad in grads]
         t += 1
         mean = [beta1 * m + (1 - beta1) * grad for m, grad in zip(mean, grads)]
         square = [beta2 * s + (1 - beta2) * grad * grad for s, grad in zip(square, grads)]
