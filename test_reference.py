@@ -515,13 +515,10 @@ def test_one_hot_recursion():
 def test_escape_time():
     """(C5) within 2 % of the recursion."""
     T, q, d, eta = np.array([64, 128, 256, 512]), 4, 8, 7.0
-    crossed, before = np.full(4, np.nan), 0.0
-    for t, (_, omega), _ in sts.one_hot_recursion(T, q, d, eta, 6000):
-        mass = 1 / (1 + (T - q) * np.exp(-omega) / q)
-        new = np.isnan(crossed) & (mass >= 0.5)
-        crossed[new] = (t - 1 + (0.5 - before) / (mass - before))[new] if new.any() else 0.0
-        before = mass
-    ratio = crossed / [sts.escape_time(int(x), q, d, eta) for x in T]
+    omegas = np.array([omega for _, (_, omega), _ in sts.one_hot_recursion(T, q, d, eta, 6000)])
+    half = np.log((T - q) / q)  # the omega that has half of the attention on y
+    crossed = [np.interp(x, path, range(6001)) for x, path in zip(half, omegas.T)]
+    ratio = np.divide(crossed, [sts.escape_time(int(x), q, d, eta) for x in T])
     assert (abs(ratio - 1) <= 0.02).all(), f"measured over (C5): {ratio}"
     close(sts.escape_time(10**9, 2, 3, 1.0) * 3 / 1e18, 1.0, 1e-6)
 
