@@ -561,7 +561,7 @@ def stochastic(rng, quick, progress):
     for name in ("stochastic", "fixed"):
         descent = online(rng, E, q, 4, 2.0, 128, full_steps, "dual", fresh=name == "stochastic")
         full[name] = record(descent, log_steps(full_steps, 25), progress, f"full model, {name} encodings")
-    true_V, true_W = np.eye(4, 68), np.diag(np.arange(68) >= 4)
+    true_V, true_W = in_full_model(np.eye(4), np.eye(64))
     progress("least loss over c")
     dual = {k: least_loss(rng, B // less, T, q, k) for k, B in dual_draws.items()}
     total = {k: least_loss(rng, B // less, T, q, k, "sum") for k, B in sum_draws.items()}
@@ -1131,7 +1131,7 @@ def sign_patterns(rng, c=1.5):
     """(N1): gradients of the full model on 3 sequences at W = c I for all 2^6 sign patterns of E, T = 3, d_e = 2,
     and the largest difference of `sequence_loss_and_grads` from them."""
     X, selected = sts.sample_batch(rng, 3, 3, 2, 2)
-    V, W, signs = np.pad(rng.standard_normal((2, 2)), ((0, 0), (0, 2))), np.diag([0, 0, c, c]), all_signs(2, 3)
+    (V, W), signs = in_full_model(rng.standard_normal((2, 2)), c * np.eye(2)), all_signs(2, 3)
     full = [attention_loss_and_grads(V, W, *on_samples(E, X, selected))[1:] for E in signs]
     grad_V, grad_W = (np.array(grads) for grads in zip(*full))
     _, own_V, own_W = sequence_loss_and_grads(V[None, :, :2], W[None, 2:, 2:], X[None], signs,
