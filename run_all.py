@@ -1325,11 +1325,11 @@ def trace(steps, T, q, d, eta):
     """Each update of matrix descent over all subsets next to the update that (O1)-(O4) predict."""
     one_hot_loss_and_grads(0.0, 0.0, T, q, d)  # refuses sizes that do not fit, by name
     descent, alpha, omega = set_descent(np.eye(T), q, d, eta, steps), 0.0, 0.0
-    (t, (V, W), loss), centre, identity = next(descent), np.eye(T) - 1 / T, np.eye(d)
+    centre, identity = np.eye(T) - 1 / T, np.eye(d)
     print(f"T = {T}, q = {q}, d = {d}, eta = {eta:g}, one-hot encodings, all {math.comb(T, q)} subsets, "
           f"from V = 0, W = 0\ncode : V, W and grad_V, grad_W of population_loss_and_grads (P2, P4)\n"
           f"proof: V = alpha I, W = omega (I - 11^T/T) (O1), alpha and omega moved by (O3, O4)")
-    for t_next, (V_next, W_next), loss_next in descent:
+    for (t, (V, W), loss), (_, (V_next, W_next), _) in itertools.pairwise(descent):
         proof_loss, grad_alpha, grad_omega = one_hot_loss_and_grads(alpha, omega, T, q, d)
         print(f"\nstep {t}: alpha = {alpha:.12g}, omega = {omega:.12g}")
         for name, code, proof, tag in (("loss", loss, proof_loss, "(O2)"),
@@ -1339,7 +1339,6 @@ def trace(steps, T, q, d, eta):
             print(f"  {name:9s}code {shown_entries(code)}   proof {shown_entries(proof)} {tag}   "
                   f"largest difference {np.max(np.abs(code - proof)):.1e}")
         alpha, omega = alpha - eta * grad_alpha, omega - eta * grad_omega
-        t, V, W, loss = t_next, V_next, W_next, loss_next
 
 
 def median_ms(call, seconds=0.5):
