@@ -484,7 +484,8 @@ def _moments(c, T, q, sigma2):
     return q / (q + (T - q) * mu1), (T - q) * mu2, v, h
 
 
-def _best_alpha(p, M, q):
+def _best_alpha(c, T, q, sigma2):
+    p, M, _, _ = _moments(c, T, q, sigma2)
     return (p / q) / (p**2 / q + (p / q)**2 * M)              # alpha* = (p/q)/A, A = E||a||^2
 
 
@@ -539,9 +540,8 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     eta = _numbers(above=0, eta=eta)
     t, sigma2 = _at_least_zero("t", t), overlap_variance(q, d_e)
     grid = np.linspace(0.0, min(0.5 / sigma2, 40.0), 8001)
-    p, M, _, _ = _moments(grid, T, q, sigma2)
     slope = np.gradient(stochastic_loss(grid, T, q, d, sigma2), grid, edge_order=2)
-    lag = d * np.gradient(_best_alpha(p, M, q), grid, edge_order=2)**2
+    lag = d * np.gradient(_best_alpha(grid, T, q, sigma2), grid, edge_order=2)**2
     valid = int(np.argmax(np.append(slope, 0.0) >= 0))        # up to the first place where L* stops falling
     steps_per_c = (d_e + lag[:valid]) / (-eta * slope[:valid])
     time = T / eta + np.append(0.0, np.cumsum((steps_per_c[1:] + steps_per_c[:-1]) / 2 * np.diff(grid[:valid])))
@@ -549,8 +549,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     if (t > time[-1]).any():
         raise ValueError(f"t must be at most {time[-1]:.3g}, where (S5) stops being valid; got {t.max():g}")
     c = np.interp(t, time, grid[:valid])
-    p, M, _, _ = _moments(c, T, q, sigma2)
-    return c, _best_alpha(p, M, q), stochastic_loss(c, T, q, d, sigma2)
+    return c, _best_alpha(c, T, q, sigma2), stochastic_loss(c, T, q, d, sigma2)
 
 
 @_quiet
