@@ -43,9 +43,8 @@ def _arrays(spec, *values):
         known = {letter: sizes[letter] for letter in shape if letter in sizes}
         if len(shape) != array.ndim or any(
                 sizes.setdefault(letter, size) != size for letter, size in zip(shape, array.shape)):
-            spell = {"e": "d_e"}
-            wanted = " or ".join("(" + ", ".join(spell.get(x, x) for x in s) + ")" for s in shapes)
-            fixed = ", ".join(f"{spell.get(x, x)} = {size}" for x, size in known.items())
+            wanted = " or ".join(f"({', '.join(s)})" for s in shapes).replace("e", "d_e")
+            fixed = ", ".join(f"{x} = {size}" for x, size in known.items()).replace("e", "d_e")
             raise ValueError(f"{name} must have shape {wanted}{fixed and ' with ' + fixed}; got shape {array.shape}")
         arrays.append(array.astype(float, copy=False))
     return _one_or_all(arrays)
