@@ -1158,23 +1158,21 @@ def attention_test(rng, kind, S, n, T, d, fresh, time):
     X, selected = X.reshape(S, n, d, T), selected.reshape(S, n, T)
     d_e = {"stochastic": 32, "fixed": 64, "one-hot": T}[kind]
     E = np.tile(np.eye(T), (S, 1, 1)) if kind == "one-hot" else sts.random_sign_encoding(rng, d_e, T, S)
-
-    def fresh_pairs():
-        while True:
-            for signs in sts.random_sign_encoding(rng, d_e, T, 64 * S).reshape(64, S, d_e, T):
-                yield signs, dual_pairs(signs, selected)
-    pairs = fresh_pairs() if kind == "stochastic" else itertools.repeat((E, dual_pairs(E, selected)))
     curvature = np.linalg.eigvalsh(target.swapaxes(1, 2) @ target / n).max()  # of V once attention is on y
     stable = 1.6 / curvature
-    if kind != "stochastic":  # that of W (O5) too, and far below it, since random columns are not orthonormal
+    if kind == "stochastic":
+        draws = (sts.random_sign_encoding(rng, d_e, T, 64 * S) for _ in itertools.count())
+        pairs = ((signs, dual_pairs(signs, selected))
+                 for draw in draws for signs in draw.reshape(64, S, d_e, T))
+        tests = [on_population(fresh, first_subset(len(fresh), T, 2))] * S
+    else:  # that of W (O5) counts too; far below it, since random columns are not orthonormal
         stable = min(stable, 0.4 * sts.largest_stable_eta(T, 2, d))
+        pairs = itertools.repeat((E, dual_pairs(E, selected)))
+        tests = [on_population(own, sts.all_subsets(T, 2)) for own in E]
     steps = math.ceil(time / stable)
     _, (V, W), _ = final(sts.gradient_descent(
         (np.zeros((S, d, d)), np.zeros((S, d_e, d_e))),
         lambda V, W: sequence_loss_and_grads(V, W, X, *next(pairs), target), time / steps, steps))
-    tests = [on_population(fresh, first_subset(len(fresh), T, 2))] * S
-    if kind != "stochastic":
-        tests = [on_population(own, sts.all_subsets(T, 2)) for own in E]
     return [population_loss_and_grads(v, w, *test)[0] * 4 / d for v, w, test in zip(V, W, tests)]
 
 
