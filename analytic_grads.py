@@ -11,7 +11,7 @@ PIECE = 300_000  # numbers of Z (2.4 MB) worked on at a time, so that they stay 
 
 def _quiet(function):
     """No warning of an overflow: it is raised as an error, by `_check_results`."""
-    return np.errstate(over="ignore", under="ignore", invalid="ignore")(function)
+    return np.errstate(all="ignore")(function)
 
 
 # ---- the door: what each function asks of its arguments -------------------------------------------
@@ -43,7 +43,7 @@ def _arrays(spec, *values):
         known = {letter: sizes[letter] for letter in shape if letter in sizes}
         if len(shape) != array.ndim or any(
                 sizes.setdefault(letter, size) != size for letter, size in zip(shape, array.shape)):
-            wanted = " or ".join(f"({', '.join(s)})" for s in shapes).replace("e", "d_e")
+            wanted = " or ".join(str(tuple(s)).replace("'", "").replace("e", "d_e") for s in shapes)
             fixed = ", ".join(f"{x} = {size}" for x, size in known.items()).replace("e", "d_e")
             raise ValueError(f"{name} must have shape {wanted}{fixed and ' with ' + fixed}; got shape {array.shape}")
         arrays.append(array.astype(float, copy=False))
@@ -79,20 +79,23 @@ def _broadcast(**values):
 
 def _numbers(above=-np.inf, below=np.inf, **values):
     """Single numbers strictly between the bounds, as floats."""
+    numbers = []
     for name, value in values.items():
-        if np.ndim(_reals(**{name: value})) or not above < value < below:
+        numbers.append(_reals(**{name: value}))
+        if np.ndim(numbers[-1]) or not above < numbers[-1] < below:
             bounds = f"{f' above {above:g}' * (above > -np.inf)}{f' below {below:g}' * (below < np.inf)}"
             raise ValueError(f"{name} must be one finite number{bounds}; got {value!r:.60}")
-    return _one_or_all([float(value) for value in values.values()])
+    return _one_or_all([float(number) for number in numbers])
 
 
 def _sizes(many=False, least=1, **sizes):
-    """Integers >= least, as int (or arrays of them that broadcast, if many); q must be at most T."""
+    """Integers >= least that fit int64, as int (or arrays that broadcast, if many); q must be at most T."""
     out = []
     for name, size in sizes.items():
         array = _as_real(name, size)
-        if array.dtype.kind not in "iu" or (array.ndim and not many) or not (array >= least).all():
-            raise ValueError(f"{name} must be {'integers' if many else 'an integer'} >= {least}; got {size!r:.60}")
+        if array.dtype.kind not in "iu" or (array.ndim and not many) or not ((array >= least) & (array < 2**63)).all():
+            raise ValueError(f"{name} must be {'integers' if many else 'an integer'} >= {least}, below 2^63; "
+                             f"got {size!r:.60}")
         out.append(array.astype(np.int64) if array.ndim else int(array))
     if many:
         _broadcast(**sizes)
@@ -228,15 +231,15 @@ def population_loss_and_grads(V, W, E, e_query, selected):
 
 def _one_hot(alpha, omega, T, q, d):
     """`one_hot_loss_and_grads` without the door, for recursions that check once."""
-    shift = np.maximum(omega, 0.0)
-    # Never 0/0: at q = T there is no position off y, and a weight on y is at least e^-700.
-    on, off = np.exp(np.maximum(omega - shift, -700.0)), np.exp(-shift) * np.less(q, T)
-    total = q * on + (T - q) * off
+    others, shift = T - q, np.maximum(omega, 0.0)
+    # Never 0/0: at q = T there is no other position, and the weight on y is 1 whatever omega.
+    on, off = np.exp((omega - shift) * (others > 0)), np.exp(-shift)
+    total = q * on + others * off
     a_on, a_off = on / total, off / total        # attention on one selected, on one other position
-    p, rest = q * a_on, (T - q) * a_off          # their sums: p on y, 1 - p elsewhere
-    miss = 1 / q - alpha * a_on
-    loss = d / 2 * (q * miss**2 + (T - q) * (alpha * a_off)**2)       # (O2)
-    grad_alpha = alpha * (p * a_on + rest * a_off) - a_on             # (O3) alpha N - p/q
+    p, rest = q * a_on, others * a_off           # their sums: p on y, 1 - p elsewhere
+    miss = ((1 - alpha) + alpha * rest) / q      # (1 - alpha p)/q, without cancellation at alpha = p = 1
+    loss = d / 2 * (q * miss**2 + others * (alpha * a_off)**2)        # (O2)
+    grad_alpha = alpha * rest * a_off - p * miss                      # (O3) alpha N - p/q
     delta = d * alpha * (miss + alpha * a_off)                        # (O4)
     grad_omega = -p * rest * delta / np.maximum(T - 1, 1)
     return loss, grad_alpha, grad_omega
@@ -261,10 +264,10 @@ def one_hot_loss_and_grads(alpha, omega, T, q, d):
     """
     T, q, d = _sizes(many=True, T=T, q=q, d=d)
     alpha, omega = _reals(alpha=alpha, omega=omega)
-    _broadcast(alpha=alpha, omega=omega, T=T, q=q, d=d)
+    shape = _broadcast(alpha=alpha, omega=omega, T=T, q=q, d=d)
     loss, grad_alpha, grad_omega = _one_hot(alpha, omega, T, q, d)
     _check_results(loss, grad_alpha, grad_omega)
-    return loss, grad_alpha, grad_omega
+    return loss, grad_alpha + np.zeros(shape), grad_omega             # grad_alpha is the same for every d
 
 
 @_quiet

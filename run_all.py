@@ -27,6 +27,7 @@ def interrupted(*_):
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)  # before the imports, which take a moment
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot spell is no error
 os.environ["MPLBACKEND"] = "agg"  # whatever it said before: no display is needed
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose by more, and sums keep their order
@@ -1397,7 +1398,7 @@ def parse(argv):
     """The parser and the options of the command line; a bad one ends in one line and exit status 2."""
     parser = argparse.ArgumentParser(description="Run the experiments, draw the figures, check the claims.",
                                      epilog=f"experiments: {', '.join(EXPERIMENTS)}")
-    parser.error = lambda message: parser.exit(2, f"run_all.py: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"run_all.py: {' '.join(message.splitlines())}\n")  # one line
     parser.add_argument("--quick", action="store_true", help="smaller work, the same claims")
     parser.add_argument("--only", metavar="NAME[,NAME]", help="run these experiments alone")
     parser.add_argument("--seed", type=int, default=0, help="of every random number (default 0)")
@@ -1414,8 +1415,10 @@ def parse(argv):
             parser.error(f"--only must name experiments of {', '.join(EXPERIMENTS)}; got {name!r}")
     if options.seed < 0:
         parser.error(f"--seed must be an integer >= 0; got {options.seed}")
-    if options.trace is not None and options.trace < 1:
-        parser.error(f"--trace must be an integer >= 1; got {options.trace}")
+    if options.trace is not None and not 1 <= options.trace <= 10**6:
+        parser.error(f"--trace must be an integer from 1 to 10^6; got {options.trace}")
+    if max(options.T, options.d) > 1000:
+        parser.error(f"--T and --d must be at most 1000; got {options.T} and {options.d}")
     if not 0 < options.eta < math.inf:
         parser.error(f"--eta must be a number above 0; got {options.eta:g}")
     options.names = [name for name in EXPERIMENTS if name in names]
@@ -1475,8 +1478,6 @@ def main(argv=None):
                 return 0
             except ValueError as error:
                 parser.error(str(error))
-            except MemoryError:
-                parser.error(f"--T and --d must fit in memory; got {options.T} and {options.d}")
         if options.benchmark:
             benchmark(np.random.default_rng(options.seed))
             return 0
@@ -1489,7 +1490,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader has gone, as in `--trace 9 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FloatingPointError, OSError) as error:  # a descent that diverges; a full disk, a folder gone
-        print(f"\nrun_all.py: {error}", file=sys.stderr)
+        print("\n" * sys.stdout.isatty() + f"run_all.py: {error}", file=sys.stderr)
     return 1
 
 

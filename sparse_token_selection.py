@@ -62,7 +62,7 @@ def sts(X, selected):
 
     Parameters: X : (B, d, T); selected : (B, T) of 0 and 1, q ones a row
     Returns: (B, d)
-    Raises: ValueError : shapes that do not fit, rows without q ones
+    Raises: ValueError : shapes that do not fit, rows without q ones, entries not finite; OverflowError : beyond float64
     >>> sts([[[1.0, 2.0, 9.0]]], [[1, 1, 0]]).tolist()
     [[1.5]]
     """
@@ -84,6 +84,7 @@ def all_subsets(T, q):
     """
     T, q = _sizes(T=T, q=q)
     digits = (math.lgamma(T + 1) - math.lgamma(q + 1) - math.lgamma(T - q + 1)) / math.log(10)
+    digits = max(digits, math.log10(T) * (q < T))             # there are at least T, whatever lgamma rounds to
     if digits > 5 + 1e-7:
         raise ValueError(f"T, q must have at most 10^5 subsets; got T = {T}, q = {q} with 10^{digits:.2f}")
     subsets = np.zeros((math.comb(T, q), T))
@@ -135,7 +136,7 @@ def sum_query(E, selected):
 
     Parameters: E : (d_e, T) shared, or (B, d_e, T); selected : (B, T) of 0 and 1, q ones a row
     Returns: (B, d_e)
-    Raises: ValueError : shapes that do not fit, rows without q ones, entries not finite
+    Raises: ValueError : shapes that do not fit, rows without q ones, entries not finite; OverflowError : beyond float64
     >>> sum_query(np.eye(3), [[1, 0, 1]]).tolist()
     [[1.0, 0.0, 1.0]]
     """
@@ -154,7 +155,8 @@ def dual_query(E, selected):
 
     Parameters: E : (d_e, T) shared, or (B, d_e, T); selected : (B, T) of 0 and 1, q ones a row
     Returns: (B, d_e)
-    Raises: ValueError : shapes that do not fit, rows without q ones, entries not finite
+    Raises: ValueError : shapes that do not fit, rows without q ones, chosen encodings not finite
+        OverflowError : a result beyond float64
     >>> dual_query([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]], [[1, 1, 0]]).round(12).tolist()
     [[1.0, 0.0]]
     """
@@ -223,7 +225,7 @@ def transformer(V, W, Z, z_query):
 
     Parameters: V : (d, D); W : (D, D); Z : (B, D, T); z_query : (B, D)
     Returns: (B, d)
-    Raises: ValueError : shapes that do not fit, entries not real or not finite
+    Raises: ValueError : shapes that do not fit, entries not real or not finite; OverflowError : beyond float64
     >>> transformer([[1.0, 0.0]], np.zeros((2, 2)), [[[1.0, 3.0], [0.0, 0.0]]], [[0.0, 1.0]]).tolist()
     [[2.0]]
     """
@@ -307,7 +309,8 @@ def adam(loss_and_grads, steps, beta1=0.9, beta2=0.999):
     Parameters: loss_and_grads : as for `gradient_descent`; steps : integer, the length of the run
         beta1, beta2 : decay of the first and second moment, in (0, 1)
     Returns: a function of the parameters that returns (loss, *directions)
-    Raises: ValueError : steps not an integer >= 1, a beta outside (0, 1), loss_and_grads not callable
+    Raises: ValueError : steps not an integer >= 1, a beta outside (0, 1), loss_and_grads not callable; at its first
+            call, gradients that do not fit; OverflowError : at a call, the square of a gradient beyond float64
     References: Kingma and Ba, "Adam", ICLR 2015, with its epsilon = 1e-8.
     >>> run = gradient_descent((5.0,), adam(lambda x: (x * x / 2, x), 10), 0.5, 10)
     >>> [round(float(x), 3) for _, (x,), _ in run][:3]
@@ -320,10 +323,15 @@ def adam(loss_and_grads, steps, beta1=0.9, beta2=0.999):
 
     def directions(*params):
         nonlocal t, mean, square
-        loss, *grads = loss_and_grads(*params)
+        result = loss_and_grads(*params)
+        if t == 0:
+            _fits(result, params)
+        loss, *grads = result
         t += 1
         mean = [beta1 * m + (1 - beta1) * grad for m, grad in zip(mean, grads)]
         square = [beta2 * s + (1 - beta2) * grad * grad for s, grad in zip(square, grads)]
+        if any(np.isinf(s).any() for s in square):            # it would freeze the parameters without a word
+            raise OverflowError("the square of a gradient exceeds float64")
         rate = min(1.0, max(0.0, steps - t + 1) / (0.3 * steps)) / (1 - beta1**t)
         return loss, *(rate * m / (np.sqrt(s / (1 - beta2**t)) + 1e-8) for m, s in zip(mean, square))
     return directions
@@ -359,6 +367,7 @@ def one_hot_loss_at(t, T, q, d, eta):
     Parameters: t : number or array, >= 0, in steps; T, q, d : integers, q < T; eta : number > 0
     Returns: the loss, in the shape of t
     Raises: ValueError : t negative or not finite, sizes not integers >= 1, q >= T, eta <= 0
+        OverflowError : eta t beyond float64
     References: Derived here.
     >>> float(one_hot_loss_at(0, T=4, q=1, d=2, eta=1.0))
     0.75
@@ -395,9 +404,13 @@ def _sizes_below(factor=1, **sizes):
 def escape_time(T, q, d, eta):
     """The step at which half of the attention is on y, z = ((T-q)/q)^2 in (C3), plus alpha's lag (C5).
 
+    For large T and d not far above q. Measured: 4 % late or less for d <= 4q, T >= 16q; at d = 16q it is 25 % late
+    at T = 32q, 4 % at T = 256q; not valid for d near T or above, where the lag is no small correction.
+
     Parameters: T, q, d : integers, T > 2q; eta : number > 0
     Returns: number of steps, a float; T^2/(eta d) to leading order
-    Raises: ValueError : sizes not integers >= 1, 2q >= T, eta <= 0
+    Raises: ValueError : sizes not integers >= 1, 2q >= T, eta <= 0, d so large that the lag outweighs the rest
+        OverflowError : steps beyond float64
     References: Derived here.
     >>> round(escape_time(T=1024, q=2, d=4, eta=2.0) * 2.0 * 4 / 1024**2, 4)
     1.0419
@@ -408,6 +421,8 @@ def escape_time(T, q, d, eta):
     at_optimum = (T - 1) / (eta * d * r) * (T * (T - 2 * q) + 2 * q * r * math.log(r / q))
     steps = float(at_optimum + T / eta * (math.log(T / q) - 1))
     _check_results(steps)
+    if steps <= 0:
+        raise ValueError(f"d must be smaller for (C5) to hold at T = {T}, q = {q}; got {d}")
     return steps
 
 
@@ -459,6 +474,7 @@ def overlap_loss(c, overlaps, q, d):
     Parameters: c : number; overlaps : (B, T), the q selected positions first; q, d : integers, q < T
     Returns: the loss, a float
     Raises: ValueError : sizes not integers >= 1, q >= T, entries not real or not finite
+        OverflowError : c u beyond float64
     References: Derived here.
     >>> overlap_loss(0.0, [[1.0, 0.0, 0.0, 0.0]], q=1, d=2)
     0.75
@@ -476,17 +492,17 @@ def overlap_loss(c, overlaps, q, d):
 
 
 def _moments(c, T, q, sigma2):
-    """p, M, v, h of (S5): the attention on y and the moments of e^{c(u-1)} summed off y."""
-    k = c * (c * sigma2)                                      # c^2 sigma2, without overflow: it is at most c/2
-    mu1, mu2 = np.exp(-c + k / 2), np.exp(-2 * c + 2 * k)
-    v = (T - q) * (mu2 - np.exp(-2 * c + k))
-    h = (T - q) * (np.exp(-3 * c + 4.5 * k) - np.exp(-3 * c + 2.5 * k))
-    return q / (q + (T - q) * mu1), (T - q) * mu2, v, h
+    """m, M, v, h of (S5): means, variance and covariance of the sums of e^{c(u-1)} and its square off y."""
+    k = c * sigma2                                            # at most 1/2, so that no exponent is above 0
+    mu1, mu2 = np.exp(c * (k / 2 - 1)), np.exp(c * (2 * k - 2))
+    v = (T - q) * (mu2 - np.exp(c * (k - 2)))
+    h = (T - q) * (np.exp(c * (4.5 * k - 3)) - np.exp(c * (2.5 * k - 3)))
+    return (T - q) * mu1, (T - q) * mu2, v, h
 
 
 def _best_alpha(c, T, q, sigma2):
-    p, M, _, _ = _moments(c, T, q, sigma2)
-    return (p / q) / (p**2 / q + (p / q)**2 * M)              # alpha* = (p/q)/A, A = E||a||^2
+    m, M, _, _ = _moments(c, T, q, sigma2)
+    return (q + m) / (q + M)                                  # alpha* = (p/q)/A, A = E||a||^2, p = q/(q+m)
 
 
 def _sharpness(c, T, q, d, sigma2):
@@ -515,9 +531,8 @@ def stochastic_loss(c, T, q, d, sigma2):
     0.75
     """
     c, T, q, d, sigma2 = _sharpness(c, T, q, d, sigma2)
-    p, M, v, h = _moments(c, T, q, sigma2)
-    q_plus_m = q / p
-    ratio = (M + q * (v / q_plus_m**2 - 2 * h / (q_plus_m * (q + M)))) / (q + M)
+    m, M, v, h = _moments(c, T, q, sigma2)
+    ratio = (M + q * (v / (q + m)**2 - 2 * h / ((q + m) * (q + M)))) / (q + M)
     return d / (2 * q) * np.maximum(ratio, 0.0)               # near the floor the last term may overtake
 
 
@@ -531,6 +546,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     Parameters: t : number or array, >= 0, in steps; T, q, d, d_e : integers, q < T, q <= d_e; eta : number > 0
     Returns: c, alpha, loss, each in the shape of t
     Raises: ValueError : t negative or so late that (S5) has left its range; sizes; eta <= 0
+        OverflowError : times beyond float64
     References: Derived here.
     >>> c, alpha, loss = stochastic_trajectory(1000, T=32, q=3, d=4, d_e=128, eta=2.0)
     >>> round(float(loss / (4 / 6)), 4)
@@ -542,7 +558,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     grid = np.linspace(0.0, min(0.5 / sigma2, 40.0), 8001)
     slope = np.gradient(stochastic_loss(grid, T, q, d, sigma2), grid, edge_order=2)
     lag = d * np.gradient(_best_alpha(grid, T, q, sigma2), grid, edge_order=2)**2
-    valid = int(np.argmax(np.append(slope, 0.0) >= 0))        # up to the first place where L* stops falling
+    valid = max(1, int(np.argmax(np.append(slope, 0.0) >= 0)))  # up to the first place where L* stops falling
     steps_per_c = (d_e + lag[:valid]) / (-eta * slope[:valid])
     time = T / eta + np.append(0.0, np.cumsum((steps_per_c[1:] + steps_per_c[:-1]) / 2 * np.diff(grid[:valid])))
     _check_results(time)
@@ -563,6 +579,7 @@ def length_loss(alpha, c, T, q, d, sigma2):
         T, q, d : integers, q < T; sigma2 : `overlap_variance`
     Returns: the loss, in the broadcast shape
     Raises: ValueError : c or sigma2 out of range, sizes not integers >= 1, q >= T, alpha not finite
+        OverflowError : a loss beyond float64
     References: Derived here.
     >>> round(float(length_loss(1.03, 6.0, T=2048, q=3, d=4, sigma2=3 / 126)) * 6 / 4, 2)
     0.51
@@ -570,9 +587,10 @@ def length_loss(alpha, c, T, q, d, sigma2):
     c, T, q, d, sigma2 = _sharpness(c, T, q, d, sigma2)
     alpha = _reals(alpha=alpha)
     _broadcast(alpha=alpha, c=c)
-    p, M, v, _ = _moments(c, T, q, sigma2)
+    m, M, v, _ = _moments(c, T, q, sigma2)
+    p, rest = q / (q + m), m / (q + m)
     spread = p**4 * v / q**3 + (p / q)**2 * M
-    loss = d / 2 * ((1 - alpha * p)**2 / q + alpha**2 * spread)  # the square completed: never negative
+    loss = d / 2 * (((1 - alpha) + alpha * rest)**2 / q + alpha**2 * spread)  # the square of 1 - alpha p completed
     _check_results(loss, alpha=alpha)
     return loss
 
@@ -640,7 +658,7 @@ def fcn(W1, b1, A, b2, inputs):
 
     Parameters: W1 : (m, n); b1 : (m,); A : (d, m); b2 : (d,); inputs : (B, n)
     Returns: (B, d)
-    Raises: ValueError : shapes that do not fit, entries not real or not finite
+    Raises: ValueError : shapes that do not fit, entries not real or not finite; OverflowError : beyond float64
     >>> fcn([[2.0]], [-1.0], [[3.0]], [0.5], [[1.0], [0.0]]).tolist()
     [[3.5], [0.5]]
     """
@@ -681,8 +699,9 @@ def fcn_loss_floor(m, T, q, d):
     [1.0, 0.75, 0.429, 0.0]
     """
     (T, q, d), m = _sizes(T=T, q=q, d=d), _sizes(many=True, least=0, m=m)
-    beyond_mean = 0.0 if T == 1 else (T - q) / (T - 1) * np.maximum(1 - m / (T * d), 0.0)
-    return d / (2 * q) * np.where(m <= d, 1 - q * m / (T * d), beyond_mean)
+    m, Td = np.asarray(m, float), float(T * d)                # as int64 their products would overflow
+    beyond_mean = 0.0 if T == 1 else (T - q) / (T - 1) * np.maximum(1 - m / Td, 0.0)
+    return d / (2 * q) * np.where(m <= d, 1 - q * m / Td, beyond_mean)
 
 
 def fcn_first_layer_floor(W1, T, q, d):
@@ -714,13 +733,13 @@ def fcn_first_layer_floor(W1, T, q, d):
 
 
 def exact_fcn(T, q, d, K=8.0):
-    """A network of width Td that computes STS_q exactly wherever all |x| < K (F5).
+    """A network of width Td that computes STS_q wherever all |x| < K, exact up to rounding of numbers like K (F5).
 
     h_ik = relu(x_ik + K - G (1 - s_i)) with G = 2K + 2, f_k = (1/q) sum_i h_ik - K.
 
     Parameters: T, q, d : integers, q <= T; K : number > 0
     Returns: W1 (T d, T d + T), b1 (T d,), A (d, T d), b2 (d,)
-    Raises: ValueError : sizes not integers >= 1, q > T, K not a number > 0
+    Raises: ValueError : sizes not integers >= 1, q > T, K not a number > 0; OverflowError : 2K + 2 beyond float64
     References: Derived here.
     >>> fcn(*exact_fcn(T=2, q=1, d=1), fcn_inputs([[[0.5, 7.0]]], [[1, 0]])).tolist()
     [[0.5]]

@@ -7,6 +7,7 @@ level 1e-6. Each message gives the largest difference.
 """
 import copy
 import csv
+import decimal
 import doctest
 import inspect
 import itertools
@@ -444,6 +445,33 @@ def test_stochastic_trajectory():
     close(measured, now[2, 3], 0.05)
 
 
+def test_moments_by_quadrature():
+    """m, M, v, h of (S5) from the moments of e^{c(u-1)} at normal u."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    for c, sigma2 in [(0.7, 0.3), (3.0, 0.04), (6.0, 0.02)]:
+        x = np.exp(c * (math.sqrt(sigma2) * nodes - 1))
+        one, two, three = (weights @ x**k / weights.sum() for k in (1, 2, 3))
+        close(sts._moments(c, 9, 2, sigma2), 7 * np.array([one, two, two - one**2, three - two * one]), 1e-12)
+
+
+def test_trajectory_to_its_end():
+    """(S6) goes far where no tail ends it, up to the last step that it allows, and not beyond; T beyond float64."""
+    T, q, d, d_e, eta, omega = 9, 2, 1, 10**6, 1.0, 15.0
+    t = T / eta + time_to(omega, T, q, d, eta) * d_e / (T - 1)  # no spread: the one-hot law with d_e for T - 1
+    close(sts.stochastic_trajectory(t, T, q, d, d_e, eta)[0], omega, 1e-3)
+    arguments = 32, 3, 4, 64, 2.0
+    with pytest.raises(ValueError, match="t must be at most") as error:
+        sts.stochastic_trajectory(1e300, *arguments)
+    last = float(re.search(r"at most ([\d.e+]+),", str(error.value))[1])
+    c = sts.stochastic_trajectory(0.99 * last, *arguments)[0]
+    assert 0.3 < c * sts.overlap_variance(3, 64) <= 0.5
+    for late in (1.02 * last, [1.0, 1.02 * last]):
+        with pytest.raises(ValueError, match="t must be at most"):
+            sts.stochastic_trajectory(late, *arguments)
+    assert sts.stochastic_trajectory(1e5, 10**17, 3, 4, 128, 2.0)[0] == 0
+    assert sts.stochastic_loss(1e308, 4, 1, 2, 5e-309) == 0
+
+
 def test_stochastic_floor_and_dimension():
     """(S8) bounds the least loss on draws from above (not at q = 16); (S9) is within 10 % of it; d_e is enough."""
     rng, T, d = np.random.default_rng(13), 32, 4
@@ -459,6 +487,10 @@ def test_stochastic_floor_and_dimension():
         bounds = T / q * np.exp(-np.array([need, need - 1]) / (2 * q))
         assert bounds[0] <= eps * (1 + 1e-12) and bounds[1] > eps
         assert sts.stochastic_floor(T, q, 6, need) <= eps * 6 / (2 * q)
+    assert sts.required_dimension(10**9, 1, 5e-324) == math.ceil(2 * (9 * math.log(10) + 1074 * math.log(2)))
+    assert sts.stochastic_floor(100, 3, 6, 1) == 1.0 > sts.stochastic_floor(100, 3, 6, 1, "sum")  # at most L_0
+    assert [sts.stochastic_floor(32, q, 4, 40, "sum") for q in (1, 2)] == [
+        sts.stochastic_floor(32, q, 4, 40) for q in (1, 2)]
 
 
 # ---- closed forms of the one-hot law (C), step sizes (O5) ---------------------------------------------------
@@ -493,6 +525,28 @@ def test_one_hot_closed_form(T, q, d, eta):
         assert gap <= allowed, f"largest difference {gap:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.parametrize("alpha, omega, T, q", [
+    (0.7, 3.0, 8, 3), (1.0, 40.0, 8, 3), (1.0, -800.0, 8, 3), (-2.5, 0.0, 5, 4), (1e150, -701.0, 8, 3),
+    (1.5, 50.0, 1000, 1), (1.0, 300.0, 9, 2), (3.0, 1.0, 4, 4)])
+def test_one_hot_digits(alpha, omega, T, q, d=5):
+    """(O2)-(O4) and, without spread, (L1) to the last digits: the loss and its differences in 600 decimals."""
+    with decimal.localcontext() as context:
+        context.prec, number = 600, decimal.Decimal
+
+        def loss(alpha, omega):
+            on = 1 / (q + (T - q) * (-omega).exp())
+            off = on * (-omega).exp()
+            return number(d) / 2 * (q * (number(1) / q - alpha * on)**2 + (T - q) * (alpha * off)**2)
+        at, h = (number(alpha), number(omega)), number("1e-150")
+        by_alpha = (loss(at[0] + h, at[1]) - loss(at[0] - h, at[1])) / (2 * h * d)
+        by_omega = (loss(at[0], at[1] + h) - loss(at[0], at[1] - h)) / (2 * h * (T - 1))
+        wanted = [float(x) for x in (loss(*at), by_alpha, by_omega)]
+    for got, want in zip(ag.one_hot_loss_and_grads(alpha, omega, T, q, d), wanted):
+        assert got == pytest.approx(want, rel=1e-13, abs=1e-300)
+    if omega >= 0 and q < T:
+        assert sts.length_loss(alpha, omega, T, q, d, 0.0) == pytest.approx(wanted[0], rel=1e-13)
+
+
 def test_one_hot_recursion():
     """The recursion is the descent of the scalars; q = T decays at 1 - eta/q; it meets (C3) early and late."""
     T, q, d, eta = 32, 4, 4, 2.0
@@ -519,6 +573,21 @@ def test_escape_time():
     ratio = np.divide(crossed, [sts.escape_time(int(x), q, d, eta) for x in T])
     assert (abs(ratio - 1) <= 0.02).all(), f"measured over (C5): {ratio}"
     close(sts.escape_time(10**9, 2, 3, 1.0) * 3 / 1e18, 1.0, 1e-6)
+    with pytest.raises(ValueError, match="d must be smaller"):
+        sts.escape_time(20, 9, 1000, 0.04)  # the lag outweighs the rest
+
+
+def test_arrays_of_sizes():
+    """One size an array, the others numbers: every result in the broadcast shape."""
+    for key in ("T", "q", "d"):
+        sizes = {"T": 8, "q": 2, "d": 3, key: np.array([4, 5, 6])}
+        rows = [{**sizes, key: int(size)} for size in sizes[key]]
+        for result, each in zip(ag.one_hot_loss_and_grads(1.0, 0.5, **sizes),
+                                zip(*(ag.one_hot_loss_and_grads(1.0, 0.5, **row) for row in rows))):
+            close(result, each, 4 * EPS)
+        ends = run_all.final(sts.one_hot_recursion(**sizes, eta=0.5, steps=20))
+        close(ends[2], [run_all.final(sts.one_hot_recursion(**row, eta=0.5, steps=20))[2] for row in rows], 1e-14)
+    assert sts.fcn_loss_floor([10**10], T=10**9, q=10**9, d=10**10).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("T, q, d", [(5, 4, 6), (4, 2, 3), (5, 1, 2), (6, 5, 20), (3, 2, 1), (3, 3, 2), (2, 2, 9)])
@@ -557,12 +626,19 @@ def test_fcn_floors(T, q, d):
             close(sts.fcn_first_layer_floor(matrix, T, q, d), want, 1e-12, d / (2 * q))
 
 
+def test_first_layer_floor_scales():
+    """Rows far apart in size, and columns beyond X, do not hide a direction."""
+    for W1 in ([[1.0, 0.0], [1.0, 1e-8]], [[1.0, 0.0, 1e30, 0.0], [0.0, 1.0, 0.0, 0.0]]):
+        assert sts.fcn_first_layer_floor(W1, T=2, q=1, d=1) == 0
+
+
 def test_exact_fcn():
     """(F5): exact to rounding wherever |x| < K, of width Td, and not beyond."""
     rng = np.random.default_rng(15)
     for T, q, d, K in [(1, 1, 1, 8.0), (5, 2, 3, 8.0), (4, 4, 2, 3.0), (7, 3, 1, 0.5)]:
         network = sts.exact_fcn(T, q, d, K)
         assert [np.shape(x) for x in network] == [(T * d, T * d + T), (T * d,), (d, T * d), (d,)]
+        assert network[0].max() == 2 * K + 2
         _, selected = sts.sample_batch(rng, 300, T, q, d)
         X = K * rng.uniform(-1, 1, (300, d, T))
         close(sts.fcn(*network, sts.fcn_inputs(X, selected)), sts.sts(X, selected), 100 * EPS, K)
@@ -596,6 +672,8 @@ def test_tokens(tokens):
     mean, covariance = X.mean(axis=0), X.T @ X / n
     spread = np.where(np.eye(6, dtype=bool), math.sqrt(FOURTH[tokens] - 1), 1.0)
     assert (abs(mean) <= bound).all(), f"largest mean {abs(mean).max():.3g}, allowed {bound:.3g}"
+    pooled, level = abs(X.mean()), normal_bound(2) / math.sqrt(6 * n)
+    assert pooled <= level and abs((X**2).mean() - 1) <= level * math.sqrt(FOURTH[tokens] - 1) + 1e-12
     error = abs(covariance - np.eye(6))
     assert (error <= bound * spread + 1e-12).all(), f"largest error of the covariance {error.max():.3g}"
 
@@ -610,6 +688,13 @@ def test_subsets_uniform(T, q):
     assert len(counts) == len(subsets)
     if len(subsets) > 1:
         uniform(counts)
+    assert len(sts.all_subsets(84, 3)) == 95_284  # just below the limit
+
+
+def test_dual_query_badly_conditioned():
+    """Encodings that are nearly equal or opposite are independent all the same."""
+    for E in ([[1.0, -1.0], [0.0, 1e-3]], [[1.0, 1.0], [0.0, 1e-5]]):
+        close((sts.dual_query(E, [[1, 1]]) @ E)[0], np.ones(2), 1e-10)
 
 
 def test_sign_encodings():
@@ -621,6 +706,7 @@ def test_sign_encodings():
     assert len(counts) == 64
     uniform(counts)
     assert sts.random_sign_encoding(np.random.default_rng(0), 5, 1).shape == (5, 1)
+    assert sts.overlaps(np.random.default_rng(0), 2, 3000, 1, 200)[:, 0] == pytest.approx(1.0)  # one row a piece
     assert sts.one_hot_encoding(3).tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
@@ -657,26 +743,38 @@ def test_gradient_descent():
         assert loss == 7 * 0.25**t
     assert start[0].tolist() == [1.0, -2.0]
     given = np.array([1.0])
-    for _, (param,), _ in sts.gradient_descent((given,), bowl, 0.5, 1):
-        assert param is not given
+    states = sts.gradient_descent((given,), bowl, 0.5, 1)
+    given[0] = 7.0
+    assert [param.item() for _, (param,), _ in states] == [1.0, 0.5]
     assert [t for t, *_ in sts.gradient_descent((1,), bowl, 0.5, 0)] == [0]
+    assert len(list(sts.gradient_descent((1.0,), lambda x: (0.0, 1e308), 1e10, 0))) == 1  # no step after the last
 
 
 @pytest.mark.parametrize("loss_and_grads, rate, step", [
     (lambda x: (x * x, 2 * x), 1e100, 2), (lambda x: (0.0 * x, x * 1e200), 1e200, 1),
-    (lambda x: (x if x > 0.5 else np.nan, 1.0), 0.25, 2), (lambda x: (np.inf, x), 0.125, 0)])
-def test_divergence(loss_and_grads, rate, step):
+    (lambda x: (x if x > 0.5 else np.nan, 1.0), 0.25, 2), (lambda x: (np.inf, x), 0.125, 0),
+    (lambda x: (np.array([1.0, np.nan]), x), 0.125, 0), (lambda x: (0.0, 1e308), 1e10, 1),
+    (lambda x: (x, x) if x > 0.6 else math.exp(1e3), 0.25, 2)])
+@pytest.mark.parametrize("others", [False, True])
+def test_divergence(loss_and_grads, rate, step, others):
+    """Named with its step and rate, in the last of several parameters and in one entry alone too."""
+    def with_others(x, y):
+        loss, *grads = loss_and_grads(y[1])
+        return loss, 0.0, np.array([0.0, *grads])
+    start, run = ((0.0, [0.0, 1.0]), with_others) if others else ((1.0,), loss_and_grads)
     with pytest.raises(FloatingPointError) as error:
-        list(sts.gradient_descent((1.0,), loss_and_grads, rate, 50))
+        list(sts.gradient_descent(start, run, rate, 50))
     assert re.search(rf"step {step}\b", str(error.value)) and f"{rate:g}" in str(error.value), str(error.value)
 
 
 @pytest.mark.parametrize("grads", [
     lambda x, y: (0.0, x), lambda x, y: (0.0, y, y), lambda x, y: (0.0, x, y, y), lambda x, y: (0.0, x[None], y),
-    lambda x, y: 0.0, lambda x, y: (0.0, x, None), lambda x, y: (0.0, x, "y"), lambda x, y: (0.0, 1j * x, y)])
+    lambda x, y: 0.0, lambda x, y: (0.0, x, None), lambda x, y: (0.0, x, "y"), lambda x, y: (0.0, 1j * x, y),
+    lambda x, y: [0.0, x, y], lambda x, y: (0.0, [1.0, 2.0], y)])
 def test_gradients_that_do_not_fit(grads):
-    with pytest.raises(ValueError, match="loss_and_grads.* got "):
-        list(sts.gradient_descent((np.ones(2), 1.0), grads, 1.0, 3))
+    for run in (grads, sts.adam(grads, 3)):
+        with pytest.raises(ValueError, match="loss_and_grads.* got "):
+            list(sts.gradient_descent((np.ones(2), 1.0), run, 1.0, 3))
 
 
 def test_adam():
@@ -693,6 +791,10 @@ def test_adam():
             left = min(1.0, (steps + 1 - t) / (0.3 * steps))
             x -= rate * left * (first / (1 - beta1**t)) / (math.sqrt(second / (1 - beta2**t)) + 1e-8)
         assert states[steps][1][0][k] == pytest.approx(x, rel=1e-12, abs=1e-14)
+    *_, before, last = (params for _, params, _ in sts.gradient_descent((start,), sts.adam(loss, 5), rate, 9))
+    assert np.array_equal(before, last)  # no step beyond its length
+    with pytest.raises(FloatingPointError, match="step 0 the square of a gradient"):
+        list(sts.gradient_descent((1.0,), sts.adam(lambda x: (x, 1e200 * x), 5), rate, 5))
 
 
 # ---- limits of size --------------------------------------------------------------------------------------
@@ -887,23 +989,26 @@ BAD += [(name, *bad) for name, several in {
     "fcn_loss_and_grads": [("inputs", o((2, 11))), ("b1", o(4)), ("A", o((2, 4))), ("b2", o(3)),
                            ("target", o((1, 2)))],
     "fcn": [("inputs", o(12)), ("A", o((3, 2)))], "fcn_first_layer_floor": [("W1", o((3, 11)))],
-    "all_subsets": [("T", 1000), ("T", 10**6)], "overlap_variance": [("q", 9)], "escape_time": [("q", 5)],
+    "all_subsets": [("T", 448), ("T", 1000), ("T", 10**6), ("T", 10**18)], "overlap_variance": [("q", 9)],
+    "escape_time": [("q", 5), ("eta", np.longdouble("1e-4000"))], "adam": [("steps", 0)],
+    "one_hot_encoding": [("T", 2**63), ("T", np.uint64(2**63)), ("T", 10**400)], "softmax": [("scores", [10**400])],
     "stochastic_loss": [("c", -1.0), ("c", 4.5), ("sigma2", -0.1), ("sigma2", [0.1, 0.1])],
     "length_loss": [("c", -1.0), ("c", [1.0, 9.0]), ("sigma2", -0.1)],
     "one_hot_loss_at": [("t", -1.0), ("t", [1.0, -2.0])],
     "stochastic_trajectory": [("t", -1.0), ("t", 1e300), ("q", 65)], "overlap_loss": [("c", [1.0, 2.0])],
     "stochastic_loss_and_grads": [("c", [1.0, 2.0, 3.0, 4.0]), ("alpha", [1.0, 2.0]), ("q", 5)],
-    "one_hot_loss_and_grads": [("T", [4, 1])], "one_hot_recursion": [("d", [1, 0])]}.items() for bad in several]
+    "one_hot_loss_and_grads": [("T", [4, 1]), ("T", np.array([2**63], dtype=np.uint64))],
+    "one_hot_recursion": [("d", [1, 0])]}.items() for bad in several]
 BAD += [("run_all", argument, line.split(" ")) for argument, lines in {
     "--only": ["--only nothing", "--only ", "--only dynamics,"],
     "--seed": ["--seed -1", "--seed x", "--seed 1.5", "--seed"],
-    "--trace": ["--trace 0", "--trace -2", "--trace 1e3"],
+    "--trace": ["--trace 0", "--trace -2", "--trace 1e3", f"--trace {10**30}"],
     "T": ["--trace 1 --T 0", "--trace 1 --T -4", "--trace 1 --T x", "--trace 1 --T 40 --q 20",
-          "--trace 1 --T 90000 --q 1"],
+          "--trace 1 --T 90000 --q 1", f"--trace 1 --T {2**64 - 1}"],
     "q": ["--trace 1 --q 9", "--trace 1 --q 0"], "d": ["--trace 1 --d 0", "--trace 1 --d 10000000"],
     "eta": ["--trace 1 --eta 0", "--trace 1 --eta nan", "--trace 1 --eta inf"], "--nonsense": ["--nonsense"],
     "dynamics": ["dynamics"]}.items() for line in lines]
-BAD += [("run_all", "--out", ["--out", str(ROOT / path)]) for path in ("run_all.py", "run_all.py/below")]
+BAD += [("run_all", "--out", ["--out", str(ROOT / "run_all.py" / path)]) for path in ("", "below", "a\nb")]
 
 
 @pytest.mark.parametrize("name, key, bad", BAD, ids=lambda value: str(value).replace("\n", "")[:30])
@@ -941,11 +1046,31 @@ def test_shapes_that_do_not_broadcast(name, bad):
     ("overlap_loss", {"c": 1e308}), ("length_loss", {"alpha": 1e200}),
     ("population_loss_and_grads", {"V": 1e200}), ("stochastic_loss_and_grads", {"alpha": 1e160}),
     ("one_hot_loss_at", {"t": 1e300, "eta": 1e300}), ("escape_time", {"eta": 5e-324}), ("exact_fcn", {"K": 1e308}),
-    ("dual_query", {"E": 1e-310})])
+    ("dual_query", {"E": 1e-310}), ("one_hot_loss_and_grads", {"alpha": 1e200}),
+    ("stochastic_trajectory", {"t": 0.0, "eta": 5e-324}), ("fcn", {"W1": 1e200, "A": 1e200}),
+    # one result alone: the loss, a gradient, the hidden layer
+    ("attention_loss_and_grads", {"V": 0.0, "target": 1e155}), ("fcn_loss_and_grads", {"target": 1e155}),
+    ("attention_loss_and_grads", {"V": 0.0, "W": 0.0, "Z": 1e200, "target": 1e150}),
+    ("attention_loss_and_grads", {"V": 1e-150 * NETWORK["A"], "W": 0.0, "Z": 1e150 * Z, "z_query": 1e200}),
+    ("stochastic_loss_and_grads", {"alpha": 1e155, "overlaps": 0.0}),
+    ("stochastic_loss_and_grads", {"alpha": 1e9, "c": 0.0, "overlaps": 1e300 * U}),
+    ("fcn_loss_and_grads", {"W1": -1e200, "inputs": 1e200}), ("fcn", {"W1": -1e200, "inputs": 1e200}),
+    ("fcn_loss_and_grads", {"W1": 1e-300, "b1": 0.0, "inputs": 1e200, "A": 1e107})])
 def test_overflow(name, huge):
     """Finite input with a result beyond float64 is an error, not a warning."""
     with pytest.raises(OverflowError):
-        call(name, {**GOOD[name], **{key: np.full(np.shape(GOOD[name][key]), size) for key, size in huge.items()}})
+        call(name, {**GOOD[name], **{key: np.broadcast_to(size, np.shape(GOOD[name][key]))
+                                     for key, size in huge.items()}})
+
+
+def test_messages():
+    """They print what was wrong, not its neighbour."""
+    layers = np.ones((3, 2)), np.ones(4), np.ones((1, 3)), np.ones(1), np.ones((1, 2))
+    for wrong, bad_call in [("at most T = 4; got 9", lambda: sts.all_subsets(4, 9)),
+                            ("finite; got nan", lambda: ag.softmax([1.0, NAN])),
+                            ("shape (m,) with m = 3; got shape (4,)", lambda: sts.fcn(*layers))]:
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            bad_call()
 
 
 @pytest.mark.parametrize("name, key", [("softmax", "scores"), ("sts", "X"), ("attention_loss_and_grads", "V"),
@@ -962,6 +1087,8 @@ def test_underflow_is_no_error():
         assert ag.softmax([0.0, -1000.0]).tolist() == [1.0, 0.0]
         ag.one_hot_loss_and_grads(1.0, 800.0, 4, 2, 3)
         sts.overlap_loss(900.0, [[1.0, 0.0, 0.0]], 1, 2)
+        sts.stochastic_loss(900.0, 9, 2, 3, 0.0)
+        sts.stochastic_trajectory(1e3, 9, 2, 3, 10**6, 1.0)
 
 
 # ---- documents --------------------------------------------------------------------------------------------
@@ -1137,3 +1264,7 @@ def test_bad_command_in_a_process(tmp_path):
     done = python(str(ROOT / "run_all.py"), "--seed", "-1", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert "--seed" in python(str(ROOT / "run_all.py"), "--help").stdout
+    for arguments, status in ("--seed -1", 2), ("--trace 1", 0):  # with its output closed
+        closed = subprocess.run(["sh", "-c", f'"$@" {arguments} >&-', "sh", sys.executable, str(ROOT / "run_all.py")],
+                                capture_output=True, text=True, timeout=60)
+        assert (closed.returncode, closed.stderr.count("\n")) == (status, status // 2), closed.stderr
