@@ -14,7 +14,7 @@ def _quiet(function):
     return np.errstate(all="ignore")(function)
 
 
-# ---- the door: what each function asks of its arguments -------------------------------------------
+# ---- the door: what each function asks of its arguments (for the mathematics go on to "attention") ------
 
 def _one_or_all(values):
     return values if len(values) > 1 else values[0]
@@ -193,11 +193,11 @@ def attention_loss_and_grads(V, W, Z, z_query, target):
 def population_loss_and_grads(V, W, E, e_query, selected):
     """Population loss and gradients of f = V X softmax(E^T W e_y), exact over X (P1)-(P4).
 
-    Tokens enter by E[x_i x_j^T] = 1[i = j] I alone (P5). Averaged over the rows given: pass
-    `all_subsets` for the whole population over y, fresh draws of E and y for stochastic encodings.
+    Tokens enter by E[x_i x_j^T] = 1[i = j] I alone (P5). Averaged over the rows given: every q-subset once for the
+    whole population over y (`all_subsets` in sparse_token_selection.py), fresh draws for stochastic encodings.
 
     Parameters: V : (d, d); W : (d_e, d_e)
-        E : (d_e, T) shared by all rows, or (B, d_e, T) one a row; e_query : (B, d_e)
+        E : (d_e, T) shared by all rows, or (B, d_e, T) one a row; e_query : (B, d_e), for one-hot E `selected`
         selected : (B, T) rows of 0 and 1 with q ones each
     Returns: loss, grad_V (d, d), grad_W (d_e, d_e)
     Raises: ValueError : shapes that do not fit, rows without q ones, entries not real or not finite
@@ -231,7 +231,7 @@ def population_loss_and_grads(V, W, E, e_query, selected):
 
 def _one_hot(alpha, omega, T, q, d):
     """`one_hot_loss_and_grads` without the door, for recursions that check once."""
-    others, shift = T - q, np.maximum(omega, 0.0)
+    others, shift = T - q, np.maximum(omega, 0.0)  # e^omega and 1, both times e^-shift, which drops out of a
     # Never 0/0: at q = T there is no other position, and the weight on y is 1 whatever omega.
     on, off = np.exp((omega - shift) * (others > 0)), np.exp(-shift)
     total = q * on + others * off
@@ -239,7 +239,7 @@ def _one_hot(alpha, omega, T, q, d):
     p, rest = q * a_on, others * a_off           # their sums: p on y, 1 - p elsewhere
     miss = ((1 - alpha) + alpha * rest) / q      # (1 - alpha p)/q, without cancellation at alpha = p = 1
     loss = d / 2 * (q * miss**2 + others * (alpha * a_off)**2)        # (O2)
-    grad_alpha = alpha * rest * a_off - p * miss                      # (O3) alpha N - p/q
+    grad_alpha = alpha * rest * a_off - p * miss                      # (O3) alpha N - p/q; p miss = p/q - alpha p^2/q
     delta = d * alpha * (miss + alpha * a_off)                        # (O4)
     grad_omega = -p * rest * delta / np.maximum(T - 1, 1)
     return loss, grad_alpha, grad_omega

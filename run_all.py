@@ -235,7 +235,7 @@ def dynamics(rng, quick, progress):
 
     _, omegas, escape_loss = scalar_descent(range(escape_steps + 1), progress, escape_T, 4, 8, escape_eta)
     half = np.log((escape_T - 4) / 4)  # the omega that has half of the attention on y; omega never falls
-    crossing = np.array([np.interp(x, path, range(escape_steps + 1)) for x, path in zip(half, omegas.T)])
+    half_time = np.array([np.interp(x, path, range(escape_steps + 1)) for x, path in zip(half, omegas.T)])
     predicted = np.array([sts.escape_time(int(size), 4, 8, escape_eta) for size in escape_T])
 
     escape = sts.escape_time(**mid)
@@ -262,7 +262,7 @@ def dynamics(rng, quick, progress):
             after = shown[shown >= size / escape_eta]
             ax.plot(shown, curve, "o", color=colour, label=f"T = {size}: scalars (O3, O4)")
             ax.plot(after, sts.one_hot_loss_at(after, size, 4, 8, escape_eta), **PREDICTED)
-        after = log_steps(1000)[6:]
+        after = log_steps(1000, first=8)                              # from t = T/eta on
         ax.plot(small_t, small_loss, "s", color=PINK, label="T = 8: matrices (P2, P4)")
         ax.plot(after, sts.one_hot_loss_at(after, 8, 3, 5, 1.0), label="predicted (C1, C3)", **PREDICTED)
         t = 8 * math.sqrt(escape_steps)
@@ -270,11 +270,11 @@ def dynamics(rng, quick, progress):
         finish(ax, "gradient steps t", "loss L", ylim=(curves[0, -1] / 100, None))
     law(left)
     unit = escape_T**2 / (escape_eta * 8)
-    middle.plot(escape_T, crossing / unit, "o", color=BLUE, label="measured: half of the attention on y")
+    middle.plot(escape_T, half_time / unit, "o", color=BLUE, label="measured: half of the attention on y")
     middle.plot(escape_T, predicted / unit, label="predicted (C5)", **PREDICTED)
     middle.axhline(1, color="grey", linewidth=0.8)
     finish(middle, "sequence length T", "escape time in units of T²/(ηd)", "upper right", yscale="linear",
-           ylim=(0.98, 1.1 * max(crossing / unit)))
+           ylim=(0.98, 1.1 * max(half_time / unit)))
     right.plot(times, alpha, "o", color=ORANGE, label="α (V = α I)")
     right.plot(times, omega, "o", color=BLUE, label="ω (W = ω (I - 11ᵀ/T))")
     after = times[times >= T]
@@ -300,10 +300,10 @@ def dynamics(rng, quick, progress):
         claim("C4-rate", "L t/log t falls, better than the paper's log t/t: largest ratio of neighbours",
               "<=", 1, max(rate[1:] / rate[:-1]), source="paper"),
         claim("C5", f"escape time over (C5), T = 64 to {escape_T[-1]}: worst",
-              "=", 1, worst(crossing / predicted), 0.02),
+              "=", 1, worst(half_time / predicted), 0.02),
         claim("C5-trend", "t_half eta d/T^2 falls towards 1: largest ratio of neighbours",
-              "<=", 1, max((crossing / unit)[1:] / (crossing / unit)[:-1])),
-        claim("C5-limit", "and stays above it: smallest", ">=", 1, min(crossing / unit)),
+              "<=", 1, max((half_time / unit)[1:] / (half_time / unit)[:-1])),
+        claim("C5-limit", "and stays above it: smallest", ">=", 1, min(half_time / unit)),
         claim("C3", "(C1, C3) over the recursion, to a third of the escape and from ten escapes on: worst error",
               "<=", 0, mid_error[early_or_late].max(), 0.01),
         claim("C3-between", f"between: alpha's lag in time is below about d/(16q) (in loss up to "
@@ -1034,17 +1034,17 @@ def fixed(rng, quick, progress):
     first, longer = first_subset(1024, T, q), sts.all_subsets(2 * T, q)
 
     # run
-    _, _, law = scalar_descent(times, progress, T, q, d, eta)
+    _, _, one_hot_law = scalar_descent(times, progress, T, q, d, eta)
     orthonormal, off_line, off_span = {}, 0.0, 0.0
     for d_e in [2 * T] if quick else [T, 2 * T]:
         E = np.linalg.qr(rng.standard_normal((d_e, T)))[0]
         off_line = max(off_line, off_the_line(E, q, d, eta, 1000))
         _, _, orthonormal[d_e] = record(set_descent(E, q, d, eta, steps), times, progress, f"set of d_e = {d_e}")
-    paths, found, floor = {}, {}, {}  # by d_e: losses in training; losses and cosines at its end; (S4)
+    paths, found, least = {}, {}, {}  # by d_e: losses in training; losses and cosines at its end; (S4)
     for d_e in sizes:
         if d_e < T:
             u = sts.overlaps(rng, 8000, T, q, d_e)
-            floor[d_e] = min(sts.overlap_loss(c, u, q, d) for c in np.linspace(1, 16, 31)) / L_0
+            least[d_e] = min(sts.overlap_loss(c, u, q, d) for c in np.linspace(1, 16, 31)) / L_0
         fresh, paths[d_e], found[d_e] = fresh_signs(rng, first, d_e), [], []
         for _ in range(5 if d_e < T else 2):  # below T sets differ, and it is their mean that is below the floor
             extended = sts.random_sign_encoding(rng, d_e, 2 * T)
@@ -1066,7 +1066,7 @@ def fixed(rng, quick, progress):
         left.plot(times, np.mean(paths[d_e], axis=0), ".-", color=colour, lw=1, label=f"random, $d_e$ = {d_e}")
     for (d_e, losses), marker in zip(orthonormal.items(), "ox"):
         left.plot(times, losses / L_0, marker, color=BLUE, fillstyle="none", label=f"orthonormal, $d_e$ = {d_e}")
-    left.plot(times, law / L_0, label="one-hot law (O2)-(O4)", **PREDICTED)
+    left.plot(times, one_hot_law / L_0, label="one-hot law (O2)-(O4)", **PREDICTED)
     finish(left, "gradient steps t", "loss L/L₀")
 
     def by_dimension(ax, ylabel, labels, first_column, **settings):
@@ -1079,7 +1079,7 @@ def fixed(rng, quick, progress):
         ax.minorticks_off()
 
     def there_and_elsewhere(ax):
-        ax.plot(*zip(*floor.items()), "D", color=PINK, label="stochastic: floor")
+        ax.plot(*zip(*least.items()), "D", color=PINK, label="stochastic: floor")
         grid = range(math.ceil(2 * q * math.log(T / q)), int(1.3 * T))
         bound = [sts.stochastic_floor(T, q, d, d_e) / L_0 for d_e in grid]
         ax.plot(grid, bound, label="its bound (S8)", **PREDICTED)
@@ -1092,7 +1092,7 @@ def fixed(rng, quick, progress):
                  yscale="linear", ylim=(0, 1.05))
 
     # claims
-    own_over_floor, fresh_over_floor, *_ = mean[:len(floor)].T / list(floor.values())
+    own_over_floor, fresh_over_floor, *_ = mean[:len(least)].T / list(least.values())
     return fig, [
         claim("O-orthonormal", "orthonormal sets: V and W off the scalars of (O3, O4), 1,000 steps",
               "<=", 0, off_line, 1e-10),
@@ -1166,7 +1166,7 @@ def attention_test(rng, kind, S, n, T, d, fresh, time):
         pairs = ((signs, dual_pairs(signs, selected))
                  for draw in draws for signs in draw.reshape(64, S, d_e, T))
         tests = [on_population(fresh, first_subset(len(fresh), T, 2))] * S
-    else:  # that of W (O5) counts too; far below it, since random columns are not orthonormal
+    else:  # the curvature of W (O5) limits the step too; 0.4 of it, since random columns are not orthonormal
         stable = min(stable, 0.4 * sts.largest_stable_eta(T, 2, d))
         pairs = itertools.repeat((E, dual_pairs(E, selected)))
         tests = [on_population(own, sts.all_subsets(T, 2)) for own in E]
@@ -1245,7 +1245,7 @@ def samples(rng, quick, progress):
     def over_dims(value):  # the geometric mean over d: one law in n/d, so both are draws of it
         return math.exp(np.mean([math.log(value(d)) for d in dims]))
 
-    def growth(kind):
+    def n_ratio(kind):
         at_short, at_long = (over_dims(lambda d: crossing(*found[kind, T, d][:2])) for T in (short, long))
         return at_long / at_short
     median = {(T, d): found["stochastic", T, d][1] for T in (short, long) for d in dims}
@@ -1263,8 +1263,8 @@ def samples(rng, quick, progress):
               "<=", 1.5, max(enough), source="measured"),
         claim("N-peak", "stochastic: log2(n/d) at the largest test loss, between -1 and 1",
               "=", 0, max(peaks, key=abs), 0.99, source="measured"),
-        claim("N-scaling-stochastic", f"stochastic: {text}", "<=", 1.5, growth("stochastic"), source="measured"),
-        *(claim(f"N-scaling-{kind}", f"{kind}: {text}", "=", long / short, growth(kind), 0.4 * long / short,
+        claim("N-scaling-stochastic", f"stochastic: {text}", "<=", 1.5, n_ratio("stochastic"), source="measured"),
+        *(claim(f"N-scaling-{kind}", f"{kind}: {text}", "=", long / short, n_ratio(kind), 0.4 * long / short,
                 source="measured") for kind in ("fixed", "one-hot")),
         claim("N-fcn", f"FCN of width 2Td, n up to {fcn_over_d[-1]:g}d: least test loss over L_0",
               ">=", 1, min(found["fcn", T, d][1].min() for T in (short, long) for d in dims), source="measured"),
@@ -1317,7 +1317,7 @@ def shown_entries(matrix):
     """A matrix of the form a I + b 11^T by its first two entries: the diagonal one and the one beside it."""
     if np.ndim(matrix) == 0:
         return f"{matrix:+.9f}{'':17s}"
-    return f"[{matrix[0, 0]:+.9f} {matrix[0, 1] if matrix.shape[1] > 1 else 0.0:+.9f} ..]"
+    return f"[{matrix[0, 0] + 0.0:+.9f} {matrix[0, 1] + 0.0 if matrix.shape[1] > 1 else 0.0:+.9f} ..]"
 
 
 def trace(steps, T, q, d, eta):
@@ -1326,7 +1326,7 @@ def trace(steps, T, q, d, eta):
     descent, alpha, omega = set_descent(np.eye(T), q, d, eta, steps), 0.0, 0.0
     centre, identity = np.eye(T) - 1 / T, np.eye(d)
     print(f"T = {T}, q = {q}, d = {d}, eta = {eta:g}, one-hot encodings, all {math.comb(T, q)} subsets, "
-          f"from V = 0, W = 0\ncode : V, W and grad_V, grad_W of population_loss_and_grads (P2, P4)\n"
+          f"from V = 0, W = 0\ncode : V, W and -eta times grad_V, grad_W of population_loss_and_grads (P2, P4)\n"
           f"proof: V = alpha I, W = omega (I - 11^T/T) (O1), alpha and omega moved by (O3, O4)")
     for (t, (V, W), loss), (_, (V_next, W_next), _) in itertools.pairwise(descent):
         proof_loss, grad_alpha, grad_omega = one_hot_loss_and_grads(alpha, omega, T, q, d)
@@ -1406,9 +1406,15 @@ def parse(argv):
                         "figures, or figures/partial with --quick or --only)")
     parser.add_argument("--trace", type=int, metavar="N", help="print N updates beside the proof's, and stop")
     parser.add_argument("--benchmark", action="store_true", help="time each part of a training step, and stop")
-    for name, kind, default in (("T", int, 8), ("q", int, 3), ("d", int, 5), ("eta", float, 1.0)):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"for --trace (default {default})")
+    setting = {"T": 8, "q": 3, "d": 5, "eta": 1.0}
+    for name, default in setting.items():
+        parser.add_argument(f"--{name}", type=type(default), help=f"for --trace (default {default})")
     options = parser.parse_args(argv)
+    for name, default in setting.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.trace is None:
+            parser.error(f"--{name} goes with --trace N; got no --trace")
     names = options.only.split(",") if options.only is not None else list(EXPERIMENTS)
     for name in names:
         if name not in EXPERIMENTS:

@@ -14,7 +14,7 @@ from analytic_grads import (_arrays, _broadcast, _check_results, _finite, _numbe
 
 # ---- the task -------------------------------------------------------------------------------------
 
-STUDENT_DF = 10  # (A9) needs a third moment; its measured exponent the sixth, which 10 degrees have
+STUDENT_DF = 10  # (A9) needs a third moment; the standard errors of sampled gradients the sixth
 
 TOKENS = {  # each with mean 0 and variance 1
     "gaussian": lambda rng, size: rng.standard_normal(size),
@@ -502,7 +502,7 @@ def _moments(c, T, q, sigma2):
 
 def _best_alpha(c, T, q, sigma2):
     m, M, _, _ = _moments(c, T, q, sigma2)
-    return (q + m) / (q + M)                                  # alpha* = (p/q)/A, A = E||a||^2, p = q/(q+m)
+    return (q + m) / (q + M)                                  # (p/q)/A_0, A_0 = p^2/q + (p/q)^2 M
 
 
 def _sharpness(c, T, q, d, sigma2):
@@ -541,7 +541,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     """c, alpha and the loss after t steps of population descent, dual query, by quadrature of (S6).
 
     (d_e + d alpha*'(c)^2) dc/dt = -eta dL*/dc from c = 0 at t = T/eta; before that c = 0. L*(c) is
-    `stochastic_loss`; alpha*(c) = (p/q)/A is the best alpha, with p and A as in `length_loss`.
+    `stochastic_loss`; alpha*(c) = (q+m)/(q+M) is the best alpha, with m and M as there.
 
     Parameters: t : number or array, >= 0, in steps; T, q, d, d_e : integers, q < T, q <= d_e; eta : number > 0
     Returns: c, alpha, loss, each in the shape of t
@@ -620,7 +620,7 @@ def stochastic_floor(T, q, d, d_e, query="dual"):
 
 
 def required_dimension(T, q, eps):
-    """The d_e that is enough for L/L_0 <= eps with the dual query: 2 q log(T/(q eps)), rounded up (S8).
+    """The d_e that L/L_0 <= eps takes with the dual query: 2 q log(T/(q eps)), rounded up (S8).
 
     An estimate: conservative for q <= 4, q - 1 too small from q = 8 on.
 

@@ -126,7 +126,7 @@ def cases(s, rows=slice(None)):
     """
     X, selected, E, V, W = s["X"][rows], s["selected"][rows], s["E"], s["V"], s["W"]
     E, u, alpha, c = E if E.ndim == 2 else E[rows], s["overlaps"][rows], s["alpha"], s["c"]
-    (B, d, T), q, d_e = X.shape, int(selected[0].sum()), E.shape[-2]
+    (_, d, T), q, d_e = X.shape, int(selected[0].sum()), E.shape[-2]
     e_query = sts.QUERIES[s["query"]](E, selected)
     Z, z_query = sts.full_inputs(X, E, e_query)
     target, inputs = sts.sts(X, selected), sts.fcn_inputs(X, selected)
@@ -1008,6 +1008,7 @@ BAD += [("run_all", argument, line.split(" ")) for argument, lines in {
           "--trace 1 --T 90000 --q 1", f"--trace 1 --T {2**64 - 1}"],
     "q": ["--trace 1 --q 9", "--trace 1 --q 0"], "d": ["--trace 1 --d 0", "--trace 1 --d 10000000"],
     "eta": ["--trace 1 --eta 0", "--trace 1 --eta nan", "--trace 1 --eta inf"], "--nonsense": ["--nonsense"],
+    "--T": ["--T 5", "--T 5 --quick"], "--eta": ["--eta 2 --benchmark"],
     "dynamics": ["dynamics"]}.items() for line in lines]
 BAD += [("run_all", "--out", ["--out", str(ROOT / "run_all.py" / path)]) for path in ("", "below", "a\nb")]
 
