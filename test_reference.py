@@ -428,6 +428,13 @@ def test_closed_forms_without_spread():
             assert least >= 0, f"T, q, d_e = {T, q, d_e}: a loss of {least:.3g}"
 
 
+def test_losses_on_line():
+    """run_all's L/L_0 of each row against the loss of the two scalars."""
+    u = np.random.default_rng(11).standard_normal((20, 7))
+    rows = run_all.losses_on_line(0.8, attend(1.7 * u), run_all.first_subset(20, 7, 3))
+    close(rows.mean(), ag.stochastic_loss_and_grads(0.8, 1.7, u, 3, 5, 9)[0] * 6 / 5, 1e-14)
+
+
 def test_stochastic_trajectory():
     """(S6) times dc/dt is d_e c'^2 + d alpha'^2 = -eta L' along the path; descent on frozen overlaps, 5 %."""
     T, q, d, d_e, eta = 32, 3, 4, 128, 2.0
