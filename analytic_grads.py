@@ -81,11 +81,12 @@ def _numbers(above=-np.inf, below=np.inf, **values):
     """Single numbers strictly between the bounds, as floats."""
     numbers = []
     for name, value in values.items():
-        numbers.append(_reals(**{name: value}))
-        if np.ndim(numbers[-1]) or not above < numbers[-1] < below:
+        number = _reals(**{name: value})
+        if np.ndim(number) or not above < number < below:
             bounds = f"{f' above {above:g}' * (above > -np.inf)}{f' below {below:g}' * (below < np.inf)}"
             raise ValueError(f"{name} must be one finite number{bounds}; got {value!r:.60}")
-    return _one_or_all([float(number) for number in numbers])
+        numbers.append(float(number))
+    return _one_or_all(numbers)
 
 
 def _sizes(many=False, least=1, **sizes):

@@ -218,12 +218,8 @@ def one_hot_time(z, T, q, d, eta):
     return (q**2 * (z - 1) + 2 * q * r * np.log(z) + r**2 * (1 - 1 / z)) * (T - 1) / (2 * eta * d * r)
 
 
-def largest_lag(progress, T, q, d, eta):
-    """How late the descent is at most against (C3), as a fraction of its time, in units of d/(16q): from a third of
-    the escape time to ten."""
-    escape = sts.escape_time(T, q, d, eta)
-    t = log_steps(10 * escape, 200, escape / 3)
-    _, _, loss = scalar_descent(t, progress, T, q, d, eta)
+def largest_lag(t, loss, T, q, d, eta):
+    """How late the losses at times t are at most against (C3), as a fraction of the time, in units of d/(16q)."""
     return ((t - T / eta) / one_hot_time(one_hot_z(loss, T, q, d), T, q, d, eta) - 1).max() * 16 * q / d
 
 
@@ -233,7 +229,7 @@ def dynamics(rng, quick, progress):
     T, q, d, eta, late = 16, 3, 5, 1.0, 20_000 if quick else 100_000
     escape_T, escape_eta = np.array([64, 128, 256] if quick else [64, 128, 256, 512, 1024, 2048]), 7.0
     escape_steps = 1500 if quick else 80_000
-    mid = {"T": 256, "q": 4, "d": 4, "eta": 7.0 if quick else 2.0}
+    mid, wide = {"T": 256, "q": 4, "d": 4, "eta": 7.0 if quick else 2.0}, {"T": 256, "q": 8, "d": 4, "eta": 7.0}
     beside, beside_steps = (0.05, 600) if quick else (0.01, 2500)  # off the stable eta, by this fraction
 
     # run
@@ -251,7 +247,10 @@ def dynamics(rng, quick, progress):
     mid_t = log_steps(10.5 * escape, 200, mid["T"] / mid["eta"])
     _, _, mid_loss = scalar_descent(mid_t, progress, **mid)
     mid_error = abs(mid_loss / sts.one_hot_loss_at(mid_t, **mid) - 1)
-    lags = [largest_lag(progress, **size) for size in (mid, {"T": 256, "q": 8, "d": 4, "eta": 7.0})]
+    between = (mid_t > escape / 3) & (mid_t < 10 * escape)
+    wide_t = log_steps(10 * sts.escape_time(**wide), 200, sts.escape_time(**wide) / 3)
+    _, _, wide_loss = scalar_descent(wide_t, progress, **wide)
+    lags = largest_lag(mid_t[between], mid_loss[between], **mid), largest_lag(wide_t, wide_loss, **wide)
 
     on_line, stable = off_the_line(np.eye(8), 3, 5, 1.0, 1000), sts.largest_stable_eta(8, 3, 12)
     below = off_the_line(np.eye(8), 3, 12, (1 - beside) * stable, beside_steps)
@@ -294,7 +293,6 @@ def dynamics(rng, quick, progress):
     # claims
     decade, two_decades = times >= late / 10, times >= late / 100
     rate = loss[two_decades] * times[two_decades] / np.log(times[two_decades])
-    early_or_late = (mid_t <= escape / 3) | (mid_t >= 10 * escape)
     looser = 100_000 / late  # the next term of (C3) falls like log(t)/t
     return fig, [
         claim("O1", "matrix descent stays on the two scalars, 1,000 steps: largest difference",
@@ -313,9 +311,9 @@ def dynamics(rng, quick, progress):
               "<=", 1, max((half_time / unit)[1:] / (half_time / unit)[:-1])),
         claim("C5-limit", "and stays above it: smallest", ">=", 1, min(half_time / unit)),
         claim("C3", "(C1, C3) over the recursion, to a third of the escape and from ten escapes on: worst error",
-              "<=", 0, mid_error[early_or_late].max(), 0.01),
+              "<=", 0, mid_error[~between].max(), 0.01),
         claim("C3-between", f"alpha's lag, a fraction of the time, over d/(16q), q = 4 and 8 (in loss up to "
-              f"{mid_error[~early_or_late].max():.0%}, on the cliff)", "<=", 1, max(lags)),
+              f"{mid_error[between].max():.0%}, on the cliff)", "<=", 1, max(lags)),
         claim("O-full", "q = T: 1 - alpha = (1 - eta/q)^t", "<=", 0, full_error, 1e-12),
     ], law
 
@@ -542,6 +540,9 @@ def stochastic(rng, quick, progress):
     dual_draws = {for_10: 40_000, 31: 40_000, for_100: 80_000, 48: 240_000, for_1000: 80_000}  # the tail gets rare
     sum_draws = {16: 4000, 32: 4000, 64: 4000, 128: 20_000, 256: 20_000, 512: 20_000, 1024: 10_000}
 
+    def floor_law(k, query="dual"):  # over L_0
+        return 2 * q * sts.stochastic_floor(T, q, 1, k, query)
+
     # run
     gaps = []
     for _ in range(200 // less):
@@ -606,7 +607,7 @@ def stochastic(rng, quick, progress):
            ylim=(0, 1.05))
     for query, points, largest, colour in (("sum", total, 1100, PINK), ("dual", dual, 70, GREEN)):
         sizes = np.geomspace(14, largest, 100).astype(int).tolist()
-        right.plot(sizes, [2 * q * sts.stochastic_floor(T, q, 1, k, query) for k in sizes], **PREDICTED)
+        right.plot(sizes, [floor_law(k, query) for k in sizes], **PREDICTED)
         right.plot(*zip(*points.items()), "o", color=colour, label=f"{query} query")
     right.text(230, 0.05, "(S9)\nlog²($d_e$)/$d_e$")
     right.text(68, 5e-4, "(S8), conservative\nexp(-$d_e$/2q)")
@@ -617,7 +618,7 @@ def stochastic(rng, quick, progress):
     error = abs(measured / predicted - 1)[np.isin(shown, checked)].max()
     sizes = [k for k in dual if k <= 48]
     slope = np.polyfit(sizes, [math.log(dual[k]) for k in sizes], 1)[0]
-    over_law = {k: loss / (2 * q * sts.stochastic_floor(T, q, 1, k, "sum")) for k, loss in total.items()}
+    over_law = {k: loss / floor_law(k, "sum") for k, loss in total.items()}
     return fig, [
         claim("S1-exact", "grad W is a multiple of I over all 2^6 sign patterns, both queries, q = 1, 2",
               "<=", 0, max(off_identity(query, k) for query in sts.QUERIES for k in (1, 2)), 1e-14),
@@ -641,7 +642,7 @@ def stochastic(rng, quick, progress):
         *(claim(f"S7-{name}", f"d(1/L)/dt over eta kappa^2/{size} after the escape: worst", "=", 1, rate, 0.02)
           for name, size, rate in (("stochastic", "d_e", stochastic_rate), ("one-hot", "(T-1)", one_hot_rate))),
         claim("S8", f"dual query, q = 3: least loss over (S8), d_e = {for_10} and 31: largest",
-              "<=", 1, max(dual[k] / (2 * q * sts.stochastic_floor(T, q, 1, k)) for k in (for_10, 31))),
+              "<=", 1, max(dual[k] / floor_law(k) for k in (for_10, 31))),
         claim("S8-slope", "dual query: slope of log(least loss) against d_e, times 2q",
               "=", -1, slope * 2 * q, 0.25 if quick else 0.15),
         *(claim(f"S8-eps-{eps:g}", f"least L/L_0 at the required d_e = {k}", "<=", eps, dual[k])

@@ -294,13 +294,11 @@ def test_population_sampled(tokens):
     """(P2, P4) is the mean of (A5, A8) over samples, for every kind of token."""
     rng, T, q, d, d_e = np.random.default_rng(5), 5, 2, 2, 3
     E, V, W = (rng.standard_normal(shape) for shape in ((d_e, T), (d, d), (d_e, d_e)))
-    found, subsets = [], sts.all_subsets(T, q)
-    for _ in range(500):
-        batch = run_all.on_samples(E, *sts.sample_batch(rng, 40, T, q, d, tokens), "sum")
-        loss, grad_V, grad_W = ag.attention_loss_and_grads(*run_all.in_full_model(V, W), *batch)
-        found.append(np.concatenate([[loss], grad_V[:, :d].ravel(), grad_W[d:, d:].ravel()]))
+    subsets = sts.all_subsets(T, q)
+    loss, grad_V, grad_W = run_all.sampled(rng, *run_all.in_full_model(V, W), E, q, 40, 500, tokens)
+    found = [part.reshape(500, -1) for part in (loss, grad_V[:, :, :d], grad_W[:, d:, d:])]
     exact = ag.population_loss_and_grads(V, W, E, sts.sum_query(E, subsets), subsets)
-    within_errors(found, np.concatenate([np.ravel(part) for part in exact]))
+    within_errors(np.hstack(found), np.concatenate([np.ravel(part) for part in exact]))
 
 
 @pytest.mark.parametrize("T, q, d", [(5, 2, 3), (7, 1, 1), (4, 4, 2), (2, 1, 5), (6, 5, 2)])
