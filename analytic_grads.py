@@ -284,10 +284,10 @@ def admit_number(name, array, kind, known):
     value, many, least = array.astype(float)[()], word.endswith("s"), {"s": 1, "c": 0, "n": None}[word[0]]
     if least is None:
         above = {"": True, ">= 0": value >= 0, ">= 1": value >= 1}.get(bound, value > 0)
-        holds = np.isfinite(value) & above & ((value < 1) | (bound != "in (0, 1)")) & (array.dtype.kind != "b")
+        holds = array.dtype.kind != "b" and np.isfinite(value) & above & ((value < 1) | ("1)" not in bound))
         wanted = f"{'finite numbers' if many else 'one finite number'} {bound}".rstrip()
     else:
-        holds = (array >= least) & (array < 2**63) & (array.dtype.kind in "iu")
+        holds = array.dtype.kind in "iu" and (array >= least) & (array < 2**63)
         wanted = f"{'integers' if many else 'an integer'} >= {least}, below 2^63"
     require(np.all(holds) and (many or not array.ndim), name, wanted, array.tolist())
     if least is not None:

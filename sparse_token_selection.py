@@ -341,7 +341,7 @@ def one_hot_loss_at(t, T, q, d, eta, d_e=None):
         u = np.exp(-x / 2)                                    # 1/w
         valley = q**2 * np.expm1(x) + 2 * q * r * x - r**2 * np.expm1(-x)
         return T + r * (x / 2 - 2 * q * (1 - u)**2 / (q + r * u * u)) + stiffness / (2 * d * r) * valley
-    low, high = np.zeros_like(time), np.log1p(2 * d * r / (stiffness * q**2) * time)  # q^2 (z - 1) alone
+    low, high = 0 * time, np.log1p(2 * d * r / (stiffness * q**2) * time)  # q^2 (z - 1) alone
     for _ in range(110):
         x = (low + high) / 2
         below = flow(x) < time
@@ -434,7 +434,7 @@ def moments(c, T, q, sigma2):
     """m, M, v, h of (S5): means, variance and covariance of the sums of e^{c(u-1)} and its square off y."""
     k = c * sigma2                                            # at most .3, so that no exponent is above 0
     in_range = np.all(k <= 0.3 * (1 + 1e-12))
-    require(in_range, "c", f"at most .3/sigma2 with sigma2 = {sigma2:g}, the range of (S5) and (L1)", np.max(c))
+    require(in_range, "c", f"at most .3/sigma2 for (S5) and (L1), sigma2 = {sigma2:g}", np.max(c))
     mu1, mu2 = np.exp(c * (k / 2 - 1)), np.exp(c * (2 * k - 2))
     v = (T - q) * (mu2 - np.exp(c * (k - 2)))
     h = (T - q) * (np.exp(c * (4.5 * k - 3)) - np.exp(c * (2.5 * k - 3)))
@@ -468,8 +468,9 @@ def stochastic_loss(c, T, q, d, sigma2):
 
 
 def c_after(t, start, grid, stiffness, loss, eta):
-    """c after t steps of stiffness(c) dc/dt = -eta dloss/dc from c = 0 at t = start, by the trapezoid rule."""
-    steps_per_c = stiffness / (-eta * np.gradient(loss, grid, edge_order=2))
+    """c after t steps of stiffness(c) dc/dt = -eta dloss/dc, c = 0 at t = start, by the trapezoid rule."""
+    slope = np.minimum(np.gradient(loss, grid, edge_order=2), -1e-300)  # rounding may hide that it falls
+    steps_per_c = stiffness / (-eta * slope)
     time = start + np.append(0.0, np.cumsum((steps_per_c[1:] + steps_per_c[:-1]) / 2 * np.diff(grid)))
     require(np.all(t <= time[-1]), "t", f"at most {time[-1]:.3g}, where the range of (S5) ends", np.max(t))
     return np.interp(t, time, grid)
