@@ -570,6 +570,94 @@ def required_dimension(T, q, eps):
         dimensions, True, key=lambda d_e: stochastic_floor(T, q, 2 * q, d_e) <= eps)]
 
 
+# ---- fixed encodings (G) ---------------------------------------------------------------------------
+
+@checked(E="d_e T", q="size < T", query=QUERIES)
+def widest_margin(E, q, query="dual"):
+    """W*, the least-norm W with equal scores on y and scores at least 1 lower off y: where descent ends (G2).
+
+    Minimise ||W||_F subject to, for every q-subset y with s = E^T W e_y: s_i = s_k for i, k in y, and
+    mean_y s - s_j >= 1 for j off y. Linear in W; fast up to a few thousand of these C(T,q) (T-q) margins.
+
+    Parameters: E : (d_e, T), one fixed set; q : integer, q < T; query : "dual" or "sum"
+    Returns: (d_e, d_e), right to 1e-6 of its norm
+    Raises: ValueError : no W does it (equal encodings, or too many ties for d_e^2 entries): see (G3)
+    References: Derived here.
+    >>> round(float((widest_margin(np.eye(5), q=2)**2).sum()), 6)  # orthonormal: T - 1, as in (C4)
+    4.0
+    """
+    selected, T = all_subsets(E.shape[1], q), E.shape[1]
+    few = len(selected) * (T - q) <= 10**4
+    require(few, "E, q", "so small that at most 10^4 pairs of y and a position off it are", (E.shape, q))
+    U, size, _ = np.linalg.svd(E, full_matrices=False)
+    U = U[:, size > 1e-10 * size[0]]                         # W = U A U^T: it stays in the span of E
+    e, e_query = U.T @ E, QUERIES[query](E, selected) @ U
+    lead = (selected @ e.T / q)[:, :, None] - e              # mean_y e - e_j; <rows, A> = mean_y s - s_j
+    rows = np.einsum("bet,bf->btef", lead, e_query).reshape(*selected.shape, -1)
+    equal, apart = rows[selected == 1], rows[selected == 0]
+    _, size, basis = np.linalg.svd(equal, full_matrices=False)
+    basis = basis[size > 1e-10 * np.linalg.norm(rows[0])]
+    A = least_norm(apart - (apart @ basis.T) @ basis, np.linalg.norm(apart, axis=1).max() or 1.0)
+    if A is None:
+        require(False, "E", f"a set that some W separates, every y from the rest, at q = {q}", E)
+    return U @ A.reshape(len(e), len(e)) @ U.T
+
+
+def least_norm(G, unit):
+    """The x of least norm with G x >= 1; None if there is none, or none of norm below 10^4/unit (rounding).
+
+    The dual, max 1^T l - ||G^T l||^2/2 over l >= 0, in proximal steps, each with |l - old|^2/(2 rho)
+    taken off, by Newton's method on the set where l > 0. x = G^T l. Any l bounds the norm from below, any x
+    from above.
+    """
+    G = G / unit
+    if np.linalg.norm(G, axis=1).min() < 1e-10:              # a pair that no W tells apart
+        return None
+    K, l, rho = G @ G.T, np.zeros(len(G)), 100.0
+    for _ in range(40):
+        old, w = l / rho, K @ l                              # w = G x, the margins
+
+        def merit(l, w):
+            return l @ w / 2 + rho / 2 * (np.maximum(1 - w + old, 0)**2).sum()
+        for _ in range(100):
+            on = np.flatnonzero(1 - w + old > 0)
+            step = -l
+            step[on] += np.linalg.solve(K[np.ix_(on, on)] + np.eye(len(on)) / rho, 1 + old[on])
+            dw, length = K @ step, 1.0
+            while merit(l + length * step, w + length * dw) > merit(l, w) and length > 1e-9:
+                length /= 2
+            l, w = l + length * step, w + length * dw
+            if length == 1 and np.array_equal(on, np.flatnonzero(1 - w + old > 0)):
+                break
+        l = np.maximum(l, 0)
+        x = G.T @ l
+        lower = l.sum() / max(np.linalg.norm(x), 1e-300)     # ||x*|| >= 1^T l/||G^T l||
+        if lower > 1e4:
+            break
+        found = [x]
+        if rho > 1e6:                                        # rounding in l: x from the tight margins alone
+            found.append(np.linalg.lstsq(G[l > 0], np.ones((l > 0).sum()), rcond=1e-10)[0])
+        for x in found:
+            margin = (G @ x).min()                           # |x - x*|^2 <= upper bound^2 - lower bound^2
+            if margin > 0 and np.linalg.norm(x) < margin * lower * (1 + 1e-12):
+                return x / margin / unit
+        rho = min(10 * rho, 1e7)
+    return None
+
+
+@checked(t="numbers > 0", W_star="d_e d_e", eta="number > 0")
+def fixed_set_loss_at(t, W_star, eta):
+    """The late loss of descent on a fixed set, ||W*||^2/(4 eta t), for every d: (G2).
+
+    Parameters: t : number or array > 0, in steps; W_star : (d_e, d_e), `widest_margin`; eta : number > 0
+    Returns: the loss, in the shape of t
+    References: Derived here.
+    >>> round(float(fixed_set_loss_at(1000, widest_margin(np.eye(5), q=2), eta=0.5)), 9)
+    0.002
+    """
+    return (W_star**2).sum() / (4 * eta * t)
+
+
 # ---- fully-connected networks (F) -------------------------------------------------------------------------
 
 @checked(X="B d T", selected="B T of 0/1")
