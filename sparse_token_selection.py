@@ -34,7 +34,7 @@ def sample_batch(rng, B, T, q, d, tokens="gaussian"):
     Parameters: rng : numpy.random.Generator; B, T, q, d : integers, q <= T
         tokens : law of the entries, a key of `TOKENS`: "gaussian" is the paper's
     Returns: X (B, d, T), selected (B, T) of 0 and 1, q ones a row
-    Raises: ValueError : rng no Generator, sizes not integers >= 1 or too large, q > T, unknown tokens
+    Raises: ValueError : rng no Generator, bad sizes, q > T, unknown tokens
     >>> X, selected = sample_batch(np.random.default_rng(0), B=2, T=5, q=3, d=4)
     >>> X.shape, selected.sum(axis=1).tolist()
     ((2, 4, 5), [3.0, 3.0])
@@ -65,13 +65,12 @@ def all_subsets(T, q):
 
     Parameters: T, q : integers, q <= T
     Returns: (C(T, q), T) rows of 0 and 1, in lexicographic order
-    Raises: ValueError : more than 10^5 subsets or 2^30 numbers, sizes not integers >= 1, q > T
+    Raises: ValueError : more than 10^5 subsets or 10^9 numbers, bad sizes, q > T
     >>> all_subsets(3, 2).tolist()
     [[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]
     """
     count = math.comb(T, q) if min(q, T - q) < 20 else math.inf  # 20 of 40 are too many already
-    few = count <= 10**5 and count * T <= 2**30
-    require(few, "T, q", "sizes with at most 10^5 subsets and 2^30 numbers", (T, q))
+    require(count * max(T, 10**4) <= 10**9, "T, q", "sizes with at most 10^5 subsets, 10^9 numbers", (T, q))
     subsets = np.zeros((count, T))
     every = itertools.chain.from_iterable(itertools.combinations(range(T), q))
     np.put_along_axis(subsets, np.fromiter(every, int, count * q).reshape(count, q), 1.0, axis=1)
@@ -104,7 +103,7 @@ def random_sign_encoding(rng, d_e, T, B=None):
 
     Parameters: rng : numpy.random.Generator; d_e, T : integers; B : None for one set, or the number of sets
     Returns: (d_e, T), or (B, d_e, T)
-    Raises: ValueError : rng no Generator, sizes not integers >= 1 or too large
+    Raises: ValueError : rng no Generator, bad sizes
     >>> E = random_sign_encoding(np.random.default_rng(0), d_e=4, T=3)
     >>> E.shape, np.unique(abs(E)).tolist()
     ((4, 3), [0.5])
@@ -165,7 +164,7 @@ def overlaps(rng, B, T, q, d_e, query="dual"):
 
     Parameters: rng : numpy.random.Generator; B, T, q, d_e : integers, q <= T; query : "dual" or "sum"
     Returns: (B, T), the q selected positions first; made in pieces, so that no (B, d_e, T) array is held
-    Raises: ValueError : rng no Generator, sizes not integers >= 1 or too large, q > T, unknown query
+    Raises: ValueError : rng no Generator, bad sizes, q > T, unknown query
     >>> u = overlaps(np.random.default_rng(0), B=2, T=5, q=1, d_e=16)
     >>> u.shape, u[:, 0].tolist()
     ((2, 5), [1.0, 1.0])
@@ -221,8 +220,7 @@ def gradient_descent(params, loss_and_grads, learning_rate, steps):
     """The one loop of the project: params <- params - learning_rate * grads.
 
     Parameters: params : tuple of arrays or numbers, copied before the first step
-        loss_and_grads : called as loss_and_grads(*params), returns (loss, *grads); fresh samples are a
-            closure over a generator
+        loss_and_grads : of the params, returns (loss, *grads); fresh samples are a closure over a generator
         learning_rate : number > 0 (eta); steps : integer >= 0
     Returns: a generator of (t, params, loss) for t = 0 ... steps; nothing it yielded is changed afterwards
     Raises: ValueError : at the call, for bad arguments; at a step, for gradients that do not fit
@@ -269,8 +267,8 @@ def loss_and_fitting_grads(result, params):
 def adam(loss_and_grads, steps, beta1=0.9, beta2=0.999):
     """Wrap loss_and_grads so that `gradient_descent` takes Adam's steps: directions in place of gradients.
 
-    m <- beta1 m + (1 - beta1) grad, s <- beta2 s + (1 - beta2) grad^2, both corrected for their start at 0;
-    the direction is m/(sqrt(s) + 1e-8), and falls linearly to 0 over the last 30 % of the steps.
+    m <- beta1 m + (1 - beta1) grad, s <- beta2 s + (1 - beta2) grad^2, both corrected for a start at 0; the
+    direction is m/(sqrt(s) + 1e-8), and falls linearly to 0 over the last 30 % of the steps.
 
     Parameters: loss_and_grads : as for `gradient_descent`; steps : integer, length of the one run it serves
         beta1, beta2 : decay of the first and second moment, in (0, 1)
@@ -306,7 +304,7 @@ def one_hot_recursion(T, q, d, eta, steps):
     Parameters: T, q, d : integers, or arrays of one shape for several runs at once
         eta : number > 0; steps : integer >= 0
     Returns: a generator of (t, (alpha, omega), loss) for t = 0 ... steps
-    Raises: ValueError : sizes not integers >= 1, q > T, eta <= 0; FloatingPointError : the run diverges
+    Raises: ValueError : bad sizes, q > T, eta <= 0; FloatingPointError : the run diverges
     >>> for t, (alpha, omega), loss in one_hot_recursion(T=4, q=4, d=2, eta=2.0, steps=1): pass
     >>> float(alpha), float(omega), float(loss)
     (0.5, 0.0, 0.0625)
@@ -329,8 +327,7 @@ def one_hot_loss_at(t, T, q, d, eta, d_e=None):
         d_e : None for one-hot encodings; for one fixed random set, early in its descent, its dimension:
             T d_e/(T + d_e) stands for T - 1 (G1)
     Returns: the loss, in the shape of t
-    Raises: ValueError : t negative or not finite, sizes not integers >= 1, q >= T, eta <= 0; OverflowError
-    References: Derived here.
+    Raises: ValueError : t negative, bad sizes, q >= T, eta <= 0; OverflowError. References: derived here.
     >>> float(one_hot_loss_at(0, T=4, q=1, d=2, eta=1.0))
     0.75
     """
@@ -355,8 +352,7 @@ def escape_time(T, q, d, eta):
 
     Parameters: T, q, d : integers, T > 2q; eta : number > 0
     Returns: number of steps, a float; T^2/(eta d) to leading order
-    Raises: ValueError : sizes not integers >= 1, 2q >= T, eta <= 0; OverflowError
-    References: Derived here.
+    Raises: ValueError : bad sizes, 2q >= T, eta <= 0; OverflowError. References: derived here.
     >>> round(escape_time(T=1024, q=2, d=4, eta=2.0) * 2.0 * 4 / 1024**2, 4)
     1.0419
     """
@@ -371,14 +367,12 @@ def largest_stable_eta(T, q, d, full=True):
     """The step size below which descent with one-hot encodings is stable late: 2 over the largest curvature.
 
     The curvatures are 1/q for alpha, lambda of (O5) off the line (O1), and for the full model with its cross
-    blocks V_2, W_12 the larger eigenvalue of (1/T) [[1, q-1], [q-1, (q-1)(q+d)]] (A11), Gaussian tokens.
-    In mid-run they can be larger, by a few per cent.
+    blocks the larger eigenvalue of (1/T) [[1, q-1], [q-1, (q-1)(q+d)]] (A11). In mid-run they can be larger.
 
     Parameters: T, q, d : integers, q <= T
         full : True for V and W whole, the model of the paper; False for the blocks V_1, W_22 alone
     Returns: the learning rate, a float
-    Raises: ValueError : sizes not integers >= 1, q > T
-    References: Derived here.
+    Raises: ValueError : bad sizes, q > T. References: derived here.
     >>> round(largest_stable_eta(T=5, q=4, d=6, full=False), 3), round(largest_stable_eta(T=5, q=4, d=6), 3)
     (2.177, 0.33)
     """
@@ -399,8 +393,7 @@ def overlap_variance(q, d_e, query="dual"):
     Parameters: q, d_e : integers, q <= d_e for the dual query; query : "dual" or "sum"
     Returns: a float; exact for the sum query and at q = 1. For the dual query a lower bound wherever the
         encodings of y are independent (to a probability of about q^2 2^-d_e), and close from d_e = 64 on
-    Raises: ValueError : sizes not integers >= 1, q > d_e (dual), unknown query
-    References: Derived here.
+    Raises: ValueError : bad sizes, q > d_e (dual), unknown query. References: derived here.
     >>> overlap_variance(q=3, d_e=8), overlap_variance(q=3, d_e=8, query="sum")
     (0.5, 0.375)
     """
@@ -417,8 +410,7 @@ def overlap_loss(c, overlaps, q, d):
 
     Parameters: c : number; overlaps : (B, T), the q selected positions first; q, d : integers, q < T
     Returns: the loss, a float
-    Raises: ValueError : sizes not integers >= 1, q >= T, entries not real or not finite; OverflowError
-    References: Derived here.
+    Raises: ValueError : bad sizes, q >= T, entries not finite; OverflowError. References: derived here.
     >>> overlap_loss(0.0, [[1.0, 0.0, 0.0, 0.0]], q=1, d=2)
     0.75
     """
@@ -458,13 +450,17 @@ def stochastic_loss(c, T, q, d, sigma2):
     Parameters: c : number or array, 0 <= c <= .3/sigma2
         T, q, d : integers, q < T; sigma2 : `overlap_variance`
     Returns: the loss, in the shape of c
-    Raises: ValueError : c or sigma2 out of range, sizes not integers >= 1, q >= T
-    References: Derived here.
+    Raises: ValueError : c or sigma2 out of range, bad sizes, q >= T. References: derived here.
     >>> float(stochastic_loss(0.0, T=4, q=1, d=2, sigma2=0.1))
     0.75
     """
     m, M, v, h = moments(c, T, q, sigma2)
     return d / (2 * q) * (M + q * (v / (q + m)**2 - 2 * h / ((q + m) * (q + M)))) / (q + M)
+
+
+def sharpness_grid(sigma2):
+    """The c at which (S6) and (N2) are solved: up to c sigma2 = .3, the end of the range of (S5)."""
+    return np.linspace(0.0, min(0.3 / sigma2, 40.0), 8001)
 
 
 def c_after(t, start, grid, stiffness, loss, eta):
@@ -486,14 +482,13 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     Parameters: t : number or array, >= 0, in steps; T, q, d, d_e : integers, q < T, q <= d_e
         eta : number > 0
     Returns: c, alpha, loss, each in the shape of t
-    Raises: ValueError : t negative or so late that c sigma^2 > .3, bad sizes, eta <= 0; OverflowError
-    References: Derived here.
+    Raises: ValueError : t so late that c sigma^2 > .3, bad sizes; OverflowError. References: derived here.
     >>> c, alpha, loss = stochastic_trajectory(1000, T=32, q=3, d=4, d_e=128, eta=2.0)
     >>> round(float(loss / (4 / 6)), 4)
     0.0617
     """
     sigma2 = overlap_variance(q, d_e)
-    grid = np.linspace(0.0, min(0.3 / sigma2, 40.0), 8001)
+    grid = sharpness_grid(sigma2)
     lag = d * np.gradient(best_alpha(grid, T, q, sigma2), grid, edge_order=2)**2
     c = c_after(t, T / eta, grid, d_e + lag, stochastic_loss(grid, T, q, d, sigma2), eta)
     return c, best_alpha(c, T, q, sigma2), stochastic_loss(c, T, q, d, sigma2)
@@ -509,8 +504,7 @@ def length_loss(alpha, c, T, q, d, sigma2):
     Parameters: alpha, c : numbers or arrays, 0 <= c <= .3/sigma2
         T, q, d : integers, q < T; sigma2 : `overlap_variance`
     Returns: the loss, in the broadcast shape
-    Raises: ValueError : c or sigma2 out of range, bad sizes, q >= T, alpha not finite; OverflowError
-    References: Derived here.
+    Raises: ValueError : c or sigma2 out of range, bad sizes; OverflowError. References: derived here.
     >>> round(float(length_loss(1.03, 6.0, T=2048, q=3, d=4, sigma2=3 / 126)) * 6 / 4, 2)
     0.51
     """
@@ -530,8 +524,7 @@ def stochastic_floor(T, q, d, d_e, query="dual"):
 
     Parameters: T, q, d, d_e : integers, q < T; query : "dual" or "sum"
     Returns: the loss, a float
-    Raises: ValueError : sizes not integers >= 1, q >= T, unknown query
-    References: Derived here.
+    Raises: ValueError : bad sizes, q >= T, unknown query. References: derived here.
     >>> round(stochastic_floor(T=32, q=3, d=4, d_e=128, query="sum") * 6 / 4, 2)
     0.08
     """
@@ -557,7 +550,7 @@ def required_dimension(T, q, eps):
 
     Parameters: T, q : integers, q < T; eps : number in (0, 1)
     Returns: an int
-    Raises: ValueError : sizes not integers >= 1, q >= T, eps outside (0, 1)
+    Raises: ValueError : bad sizes, q >= T, eps outside (0, 1)
     References: The order q log T is the paper's; the constants are derived here.
     >>> required_dimension(T=1024, q=3, eps=0.01), required_dimension(T=1024, q=1, eps=0.01)
     (63, 16)
@@ -565,9 +558,8 @@ def required_dimension(T, q, eps):
     enough = math.ceil(2 * q * (math.log(T / q) - math.log(eps)))
     if q > 2:
         return enough
-    dimensions = range(1, 2 * enough + 8)
-    return dimensions[bisect.bisect_left(
-        dimensions, True, key=lambda d_e: stochastic_floor(T, q, 2 * q, d_e) <= eps)]
+    reached = lambda d_e: stochastic_floor(T, q, 2 * q, d_e) <= eps
+    return 1 + bisect.bisect_left(range(1, 2 * enough + 8), True, key=reached)
 
 
 # ---- fixed encodings (G) ---------------------------------------------------------------------------
@@ -581,14 +573,12 @@ def widest_margin(E, q, query="dual"):
 
     Parameters: E : (d_e, T), one fixed set; q : integer, q < T; query : "dual" or "sum"
     Returns: (d_e, d_e), right to 1e-6 of its norm
-    Raises: ValueError : no W does it (equal encodings, or too many ties for d_e^2 entries): see (G3)
-    References: Derived here.
+    Raises: ValueError : no W does it (equal encodings, or too many ties): see (G3). References: derived here.
     >>> round(float((widest_margin(np.eye(5), q=2)**2).sum()), 6)  # orthonormal: T - 1, as in (C4)
     4.0
     """
     selected, T = all_subsets(E.shape[1], q), E.shape[1]
-    few = len(selected) * (T - q) <= 10**4
-    require(few, "E, q", "so small that at most 10^4 pairs of y and a position off it are", (E.shape, q))
+    require(len(selected) * (T - q) <= 10**4, "E, q", "such that there are at most 10^4 margins", (E.shape, q))
     U, size, _ = np.linalg.svd(E, full_matrices=False)
     U = U[:, size > 1e-10 * size[0]]                         # W = U A U^T: it stays in the span of E
     e, e_query = U.T @ E, QUERIES[query](E, selected) @ U
@@ -598,17 +588,15 @@ def widest_margin(E, q, query="dual"):
     _, size, basis = np.linalg.svd(equal, full_matrices=False)
     basis = basis[size > 1e-10 * np.linalg.norm(rows[0])]
     A = least_norm(apart - (apart @ basis.T) @ basis, np.linalg.norm(apart, axis=1).max() or 1.0)
-    if A is None:
-        require(False, "E", f"a set that some W separates, every y from the rest, at q = {q}", E)
+    require(A is not None, "E", f"a set that some W separates, every y from the rest, at q = {q}", E)
     return U @ A.reshape(len(e), len(e)) @ U.T
 
 
 def least_norm(G, unit):
     """The x of least norm with G x >= 1; None if there is none, or none of norm below 10^4/unit (rounding).
 
-    The dual, max 1^T l - ||G^T l||^2/2 over l >= 0, in proximal steps, each with |l - old|^2/(2 rho)
-    taken off, by Newton's method on the set where l > 0. x = G^T l. Any l bounds the norm from below, any x
-    from above.
+    The dual, max 1^T l - ||G^T l||^2/2 over l >= 0, in proximal steps, each less |l - old|^2/(2 rho),
+    by Newton's method on the set where l > 0. x = G^T l. Any l bounds the norm from below, any x from above.
     """
     G = G / unit
     if np.linalg.norm(G, axis=1).min() < 1e-10:              # a pair that no W tells apart
@@ -650,12 +638,59 @@ def fixed_set_loss_at(t, W_star, eta):
     """The late loss of descent on a fixed set, ||W*||^2/(4 eta t), for every d: (G2).
 
     Parameters: t : number or array > 0, in steps; W_star : (d_e, d_e), `widest_margin`; eta : number > 0
-    Returns: the loss, in the shape of t
-    References: Derived here.
+    Returns: the loss, in the shape of t; Raises: ValueError : t or eta not > 0. References: derived here.
     >>> round(float(fixed_set_loss_at(1000, widest_margin(np.eye(5), q=2), eta=0.5)), 9)
     0.002
     """
     return (W_star**2).sum() / (4 * eta * t)
+
+
+# ---- finite samples (N) ------------------------------------------------------------------------------
+
+def regression_losses(c, n, T, q, d, sigma2):
+    """Training loss, test loss and E||dV/dc||^2 on a grid of c, at W = c I and the best V for n > d + 1."""
+    m, M, v, h = moments(c, T, q, sigma2)
+    s = q + m                                                 # to second order in the sums of (S5):
+    p = q / s + q * v / s**3                                  # the mean attention on y
+    N = (q + M) / s**2 - 2 * h / s**3 + 3 * (q + M) * v / s**4                # E||a||^2
+    zeta = np.sqrt(p**2 / q + (1 - p)**2 / (T - q))
+    theta = np.arctan2((1 - p) / np.sqrt(T - q), p / np.sqrt(q))
+    beta, b = np.cos(theta) / (np.sqrt(q) * zeta), np.sin(theta) / (np.sqrt(q) * zeta)
+    random, noise, x = (N - zeta**2) * beta**2, np.sin(theta)**2 / q, d / (n - d - 1)
+    alpha_c, b_c, theta_c = np.gradient([p / (q * N), b, theta], c, axis=1, edge_order=2)
+    moved = d * (alpha_c**2 + x * b_c**2 + 2 * x * (1 + x) * (b * theta_c)**2)
+    return d / 2 * (random + noise * (1 - d / n)), d / 2 * (random + noise * (1 + x)), moved
+
+
+@checked(t="numbers >= 0", n="size", T="size", q="size < T", d="size", d_e="size", eta="number > 0")
+def finite_sample_loss(t, n, T, q, d, d_e, eta):
+    """Training and test loss after t steps on n fixed sequences, encodings drawn afresh at every step (N2).
+
+    V is a regression of the target on X E[a]. With zeta = ||E[a]|| and theta the angle between E[a] and s_y
+    its slope is beta = cos(theta)/(sqrt(q) zeta), its noise has variance sin(theta)^2/q: 1 - d/n of it is
+    left on the sequences, 1 + x on others, x = d/(n-d-1). Random attention adds (E||a||^2 - zeta^2) beta^2.
+    c descends the training loss, (d_e + E||dV/dc||^2) dc/dt = -eta dL_train/dc from c = 0 at t = T/eta, and V
+    follows, E||dV/dc||^2 = d [alpha'^2 + x b'^2 + 2 x (1 + x) (b theta')^2], b = sin(theta)/(sqrt(q) zeta),
+    alpha = p/(q E||a||^2), p the attention on y. For n < d - 1 the limit t -> infinity: V fits every
+    sequence, at c = 0. An approximation: within 10 % for n >= 3d, late (from about .03 L_0 on); else rough.
+
+    Parameters: t : number or array, >= 0, in steps; n, T, q, d, d_e : integers, q < T, q <= d_e, n < d - 1 or
+        n > d + 1; eta : number > 0
+    Returns: training loss, test loss (L, not L/L_0), each in the shape of t
+    Raises: ValueError : n from d - 1 to d + 1; t so late that c sigma^2 > .3. References: derived here.
+    >>> train, test = finite_sample_loss(1200, n=48, T=16, q=2, d=16, d_e=64, eta=1.0)
+    >>> round(float(train / 4), 4), round(float(test / 4), 4)
+    (0.0078, 0.0126)
+    """
+    require(abs(n - d) > 1, "n", f"below d - 1 = {d - 1} or above d + 1 = {d + 1}", n)
+    if n < d:
+        test = (1 - q / T) * (d - 1) / (d - n - 1) + q / T * (1 - n / d)                  # (N2), memorised
+        return np.zeros(np.shape(t)), np.full(np.shape(t), d / (2 * q) * test)
+    sigma2 = overlap_variance(q, d_e)
+    grid = sharpness_grid(sigma2)
+    train, test, moved = regression_losses(grid, n, T, q, d, sigma2)
+    c = c_after(t, T / eta, grid, d_e + moved, train, eta)                                     # (N2)
+    return np.interp(c, grid, train), np.interp(c, grid, test)
 
 
 # ---- fully-connected networks (F) -------------------------------------------------------------------------
@@ -693,7 +728,7 @@ def init_fcn(rng, m, T, d):
 
     Parameters: rng : numpy.random.Generator; m, T, d : integers
     Returns: W1 (m, T d + T), b1 (m,), A (d, m), b2 (d,)
-    Raises: ValueError : rng no Generator, sizes not integers >= 1 or too large
+    Raises: ValueError : rng no Generator, bad sizes
     >>> [param.shape for param in init_fcn(np.random.default_rng(0), m=3, T=2, d=4)]
     [(3, 10), (3,), (4, 3), (4,)]
     """
@@ -713,7 +748,7 @@ def fcn_loss_floor(m, T, q, d, fisher=1.0):
         fisher : E[(p'/p)^2], p the density of an entry at variance 1: Gaussian 1, logistic pi^2/9, Gumbel
             pi^2/6, Laplace 2
     Returns: the loss (L, not L/L_0), in the shape of m
-    Raises: ValueError : m not integers >= 0, sizes not integers >= 1, q > T, fisher below 1
+    Raises: ValueError : m not integers >= 0, bad sizes, q > T, fisher below 1
     References: The order Td is the paper's; the number is derived here.
     >>> (fcn_loss_floor([0, 4, 16, 32], T=8, q=2, d=4) / (4 / 4)).round(3).tolist()
     [1.0, 0.75, 0.429, 0.0]
@@ -732,8 +767,7 @@ def fcn_first_layer_floor(W1, T, q, d, fisher=1.0):
 
     Parameters: W1 : (m, n), n >= Td, of any rank; T, q, d : integers, q <= T; fisher : as in `fcn_loss_floor`
     Returns: the loss (L, not L/L_0), a float
-    Raises: ValueError : W1 no finite matrix or with fewer than Td columns, bad sizes, q > T, fisher below 1
-    References: Derived here.
+    Raises: ValueError : W1 with fewer than Td columns, bad sizes, fisher below 1. References: derived here.
     >>> round(fcn_first_layer_floor(np.eye(4, 32), T=8, q=2, d=4), 4)
     0.875
     """
@@ -757,8 +791,7 @@ def exact_fcn(T, q, d, K=8.0):
 
     Parameters: T, q, d : integers, q <= T; K : number > 0
     Returns: W1 (T d, T d + T), b1 (T d,), A (d, T d), b2 (d,)
-    Raises: ValueError : sizes not integers >= 1 or too large, q > T, K not a number > 0; OverflowError
-    References: Derived here.
+    Raises: ValueError : bad sizes, q > T, K not a number > 0; OverflowError. References: derived here.
     >>> fcn(*exact_fcn(T=2, q=1, d=1), fcn_inputs([[[0.5, 7.0]]], [[1, 0]])).tolist()
     [[0.5]]
     """
