@@ -578,7 +578,7 @@ def widest_margin(E, q, query="dual"):
     4.0
     """
     selected, T = all_subsets(E.shape[1], q), E.shape[1]
-    require(len(selected) * (T - q) <= 10**4, "E, q", "such that there are at most 10^4 margins", (E.shape, q))
+    require(len(selected) * (T - q) <= 10**4, "E, q", "small enough for at most 10^4 margins", (E.shape, q))
     U, size, _ = np.linalg.svd(E, full_matrices=False)
     U = U[:, size > 1e-10 * size[0]]                         # W = U A U^T: it stays in the span of E
     e, e_query = U.T @ E, QUERIES[query](E, selected) @ U
