@@ -257,9 +257,9 @@ def loss_and_fitting_grads(result, params):
     parts = [np.asarray(part if isinstance(part, (np.ndarray, np.number, float, int)) else None)
              for part in result] if isinstance(result, tuple) else []
     wanted = [np.shape(param) for param in params]
-    fit = [part.shape for part in parts[1:]] == wanted and all(part.dtype.kind in "iuf" for part in parts)
-    require(fit, "loss_and_grads(*params)", f"(loss, *grads) with real gradients of shapes {wanted}",
-            [f"{part.dtype} {part.shape}" for part in parts] or type(result).__name__)
+    if [part.shape for part in parts[1:]] != wanted or any(part.dtype.kind not in "iuf" for part in parts):
+        require(False, "loss_and_grads(*params)", f"(loss, *grads) with real gradients of shapes {wanted}",
+                [f"{part.dtype} {part.shape}" for part in parts] or type(result).__name__)
     return result[0], [part.astype(float, copy=False) for part in parts[1:]]
 
 
