@@ -445,7 +445,7 @@ def stochastic_loss(c, T, q, d, sigma2):
 
     L*/L_0 = M/(q+M) + q/(q+M) [v/(q+m)^2 - 2h/((q+m)(q+M))], where m = (T-q) mu_1, M = (T-q) mu_2,
     v = (T-q)(mu_2 - mu_1^2), h = (T-q)(mu_3 - mu_2 mu_1) and mu_k = e^{-kc + k^2 c^2 sigma2/2}. The first
-    term is (C1) with z = e^{2c - 2c^2 sigma2}. Within 3 % for c sigma2 <= .3, before the tail is felt.
+    term is (C1) with z = e^{2c - 2c^2 sigma2}. Errs by about (4/3) c (c sigma2)^3/q^2, the next cumulant.
 
     Parameters: c : number or array, 0 <= c <= .3/sigma2
         T, q, d : integers, q < T; sigma2 : `overlap_variance`
@@ -477,7 +477,7 @@ def stochastic_trajectory(t, T, q, d, d_e, eta):
     """c, alpha and the loss after t steps of population descent, dual query, by quadrature of (S6).
 
     (d_e + d alpha*'(c)^2) dc/dt = -eta dL*/dc from c = 0 at t = T/eta; before that c = 0. L*(c) is
-    `stochastic_loss`, alpha*(c) = (q+m)/(q+M) with m and M as there. Good for d <= 3q.
+    `stochastic_loss`, alpha*(c) = (q+m)/(q+M) with m and M as there. Within 2 % for d T <= q d_e.
 
     Parameters: t : number or array, >= 0, in steps; T, q, d, d_e : integers, q < T, q <= d_e
         eta : number > 0
