@@ -390,7 +390,7 @@ def test_stochastic_floor_and_dimension():
         tau2 = (q + 2 * (q - 1) / q) / d_e
         c = np.linspace(0, 1 / (2 * tau2), 10**6)
         M = c**2 * (q - 1) * (q - 2) / d_e + (T - q) * np.exp(2 * c * (c * tau2 - 1))
-        close(lib.stochastic_floor(T, q, 2 * q, d_e, "sum"), (M / (q + M)).min(), 1e-6)
+        close(lib.stochastic_floor(T, q, 2 * q, d_e, "sum"), (M / (q + M)).min(), 1e-7)
     for T, q, eps in [(10**9, 3, 0.5), (1024, 3, 0.01), (10**9, 7, 1e-9), (32, 31, 0.5)]:
         need, bound = lib.required_dimension(T, q, eps), lambda d_e: T / q * math.exp(-d_e / (2 * q))
         assert type(need) is int and need >= 1 and bound(need) <= eps * (1 + 1e-12) and bound(need - 1) > eps
