@@ -939,7 +939,7 @@ def samples(rng, lengths=(8, 12), d=12, d_e=40, eta=0.8, steps=1000, over_d=(1/3
         for size, row, colour, marker in zip(positions, one_hot, (BLUE, RED), "os"):
             ax.plot(over_T, row[:, 0], marker, color=colour, label=f"T = {size}, d = {2 * size // 3}")
             ax.plot(over_T, row[:, 1], **PREDICTED)
-        finish(ax, "training sequences per position, n/T", "test loss L/L₀", heading="dashed: (N3)")
+        finish(ax, "training sequences per position, n/T", "test loss L/L₀", heading="dashed: (N3), for n ≥ 2T")
         ax.set_xscale("linear")
     ratio, ends = fresh[:, over_d >= 3, 0] / fresh[:, over_d >= 3, 1], one_hot[:, over_T >= 2.5]
     setting = f"Fresh encodings, q = 2, d = {d}, d_e = {d_e}, T = {' and '.join(map(str, lengths))}"
