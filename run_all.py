@@ -360,10 +360,8 @@ def fcn_batch(rng, B, T, q, d, tokens="gaussian"):
 
 def fcn_run(rng, m, T, d, batches, rate, steps, start=0.3):
     """Adam on a network of width m, a batch a step, from .3 of the usual start: wide ones learn sooner."""
-    def gradients(*params):
-        return fcn_loss_and_grads(*params, *next(batches)[:2])
-    return lib.gradient_descent(tuple(start * param for param in lib.init_fcn(rng, m, T, d)),
-                                lib.adam(gradients, steps), rate, steps)
+    return lib.gradient_descent(tuple(start * param for param in lib.init_fcn(rng, m, T, d)), lib.adam(
+        lambda *params: fcn_loss_and_grads(*params, *next(batches)[:2]), steps), rate, steps)
 
 
 # ---- 1. one-hot encodings: the exact law (O, C) --------------------------------------------------------
@@ -390,8 +388,7 @@ def dynamics(rng, steps=30_000, lengths=(64, 128, 256, 512, 1024), long=40_000, 
     stable = lib.largest_stable_eta(8, 3, 12, full=False)
     below, above = (off_the_line(np.eye(8), 3, 12, factor * stable, off) for factor in (0.995, 1.005))
     full = (3, 2, 1, 512), (5, 3, 12, 256)                            # T, q, d and batch size
-    kept, stalled = ([full_over_law(rng, *sizes, online_steps, factor) for sizes in full]
-                     for factor in (0.9, 1.1))
+    kept, stalled = ([full_over_law(rng, *sizes, online_steps, k) for sizes in full] for k in (0.9, 1.1))
     times = log_steps(steps, 120)
     alpha, omega, loss = scalar_descent(times, 16, 3, 5, 3.0)
     _, omegas, curves = scalar_descent(range(long + 1), np.array(lengths), 4, 8, 7.0)
@@ -472,8 +469,7 @@ def matrices(rng, T=32, q=3, d=4, eta=2.0, B=256, steps=2000, early=(20, 100)):
     norms = {"V₁": [norm(V[:, :d]) for V, _ in params], "W₂₂": [norm(W[d:, d:]) for _, W in params],
              "V₂": [norm(V[:, d:]) for V, _ in params], "W₁₂": [norm(W[:d, d:]) for _, W in params]}
     def cosine_panel(ax):
-        names = "V with [I, 0]", "W with I - 11ᵀ/T"
-        for name, colour, values in zip(names, (ORANGE, BLUE), zip(*cosines)):
+        for name, colour, values in zip(("V with [I, 0]", "W with I - 11ᵀ/T"), (ORANGE, BLUE), zip(*cosines)):
             ax.plot(t, values, "o", color=colour, label=name)
         ax.axhline(1, **PREDICTED)
         finish(ax, "gradient steps t", "", "lower right", yscale="linear", ylim=(0, 1.08))
@@ -567,7 +563,6 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
             ax.plot(dims[query, k], loss, "o", color=colour, label=f"{query} query, q = {k}")
             ax.text(*law[1:], law[0])
         finish(ax, "dimension of encodings $d_e$", "least loss over c, L/L₀", "upper right", ylim=(1e-4, 3))
-    at = f"T = {T}, q = {q}, d = {d}, d_e = {d_e}"
     return {"Loss: nothing is fitted": law_panel, "Full model from samples, $d_e$ = 48": direction_panel,
             "Least loss at T = 16": dimension_panel}, [
         claim("S1", "Full model from samples, stochastic encodings: cosines of V and W with the truth after "
@@ -575,8 +570,8 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
               source="paper"),
         claim("S5", "The loss (S5) over the sampled loss: q = 1 to 4, T = 16 to 64, c sigma^2 = .1 and .2.",
               ratios, equals=1, within=within),
-        claim("S6", f"The loss (S6) over the measured loss from twice T/eta to {last} steps, {at}.",
-              predicted / measured[late], equals=1, within=0.02),
+        claim("S6", f"The loss (S6) over the measured loss from twice T/eta to {last} steps, "
+              f"(T, q, d, d_e) = {T, q, d, d_e}.", predicted / measured[late], equals=1, within=0.02),
         claim("S8", "Dual query, q = 3, T = 16: 2q times the slope in d_e of log(sqrt(d_e) least loss/(S8)).",
               6 * np.polyfit(dims["dual", 3], np.log(dual / dual_law * np.sqrt(dims["dual", 3])), 1)[0],
               equals=0, within=0.04 + 0.4 * (dual_error / dual).max()),
@@ -593,14 +588,13 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
 def length(rng, T=32, q=2, d=16, d_e=128, eta=3.0, times=(100, 300, 1000, 3000), fixed_steps=1500, B=400):
     """Train at T, test at up to 64 T: stochastic encodings carry over, fixed ones and one-hot do not."""
     lengths, L_0, subsets = [T * 2**k for k in range(7)], d / (2 * q), lib.all_subsets(T, q)
-    u = lib.overlaps(rng, 1000, T, q, d_e)
+    u, sigma2 = lib.overlaps(rng, 1000, T, q, d_e), lib.overlap_variance(q, d_e)
     _, trained, _ = record(two_scalars(lambda: u, q, d, d_e, eta, times[-1]), times)
     short, long = lib.overlaps(rng, 80 * B, 2 * T, q, d_e), lib.overlaps(rng, B, 64 * T, q, d_e)
     tests = [(short if k <= 2 * T else long)[:, :k] for k in lengths]     # k of the columns: length k
     measured, error = np.moveaxis([[sampled(
         lambda rows: stochastic_loss_and_grads(*params, rows, q, d, d_e)[0] / L_0, rows)
         for rows in tests] for params in trained], 2, 0)
-    sigma2 = lib.overlap_variance(q, d_e)
     law = np.array([[lib.length_loss(*params, k, q, d, sigma2) / L_0 for k in lengths] for params in trained])
     alpha, omega = final(lib.one_hot_recursion(T, q, d, eta, times[-1]))[1]
     one_hot, others = (alpha * np.eye(d), omega * (np.eye(T) - 1 / T)), np.empty((3, 3, 7))
@@ -690,8 +684,7 @@ def floor(rng, widths=(1, 2, 4, 8, 16, 8, 16, 32), steps=1500, rate=0.02, wide=(
         rows.append(trained(rng, *how, 4 * tests // T, **size))
         inputs, target, *_ = fcn_batch(rng, 4000, **size)
         exact, _ = with_error(lib.fcn(*lib.exact_fcn(**size), inputs), target, q)
-        scalars = two_scalars(lambda: lib.overlaps(rng, 64, T, q, d_e), q, d, d_e, 3.0, wide_steps)
-        alpha_c = final(scalars)[1]
+        alpha_c = final(two_scalars(lambda: lib.overlaps(rng, 64, T, q, d_e), q, d, d_e, 3.0, wide_steps))[1]
         loss, error = sampled(lambda u: stochastic_loss_and_grads(*alpha_c, u, q, d, d_e)[0] * 2 * q / d,
                               lib.overlaps(rng, 4000, T, q, d_e))
         panels.append({"rows": rows[-1], "exact": exact, "transformer": loss, "width": d + d_e, **size})
@@ -939,7 +932,7 @@ def samples(rng, lengths=(8, 12), d=12, d_e=40, eta=0.8, steps=1000, over_d=(1/3
         for size, row, colour, marker in zip(positions, one_hot, (BLUE, RED), "os"):
             ax.plot(over_T, row[:, 0], marker, color=colour, label=f"T = {size}, d = {2 * size // 3}")
             ax.plot(over_T, row[:, 1], **PREDICTED)
-        finish(ax, "training sequences per position, n/T", "test loss L/L₀", heading="dashed: (N3), for n ≥ 2T")
+        finish(ax, "training sequences per position, n/T", "test loss L/L₀", heading="dashed: (N3), n ≥ 2T")
         ax.set_xscale("linear")
     ratio, ends = fresh[:, over_d >= 3, 0] / fresh[:, over_d >= 3, 1], one_hot[:, over_T >= 2.5]
     setting = f"Fresh encodings, q = 2, d = {d}, d_e = {d_e}, T = {' and '.join(map(str, lengths))}"
@@ -1049,7 +1042,14 @@ def run(names, seed, quick, out, beside):
         (beside / name).replace(out / name)
     with workers(count) as pool:
         print("running:", ", ".join(names[:count]), flush=True)
-        for name, claims, picture, pixels[name], seconds in pool.imap_unordered(work, tasks):
+        processes, results = list(pool._pool), pool.imap_unordered(work, tasks)
+        while names and not failed:
+            try:
+                name, claims, picture, pixels[name], seconds = results.next(timeout=1)
+            except multiprocessing.TimeoutError:
+                if any(process.exitcode for process in processes):    # its result would never come
+                    failed = f"{' or '.join(names[:count])}: the process was killed; perhaps memory ran out"
+                continue
             if picture is None:
                 failed = f"{name}: {claims}"
                 break
@@ -1120,7 +1120,7 @@ def main(argv=None):
             parser.error(str(error))
         except ArithmeticError as error:  # a descent that diverges
             return print(f"run_all.py: {error}", file=sys.stderr) or 1
-    partial = "partial" if options.quick or options.only is not None else ""
+    partial = "partial" if options.quick or options.only else ""
     out = options.out or Path(__file__).parent / "figures" / partial
     try:
         out.mkdir(parents=True, exist_ok=True)
