@@ -2,8 +2,7 @@
 
 A test never repeats the formula that it tests: gradients are checked against complex-step differentiation of
 forward passes written again, laws against enumeration, Monte Carlo with its error bar, quadrature or linear
-algebra. Nothing depends on what one random stream gave: bounds on sampled numbers are normal bounds at level
-1e-6. Each message gives the largest difference.
+algebra. Nothing depends on what one random stream gave: bounds on samples are normal bounds at level 1e-6.
 """
 import ast
 import concurrent.futures
@@ -380,11 +379,12 @@ def test_trajectory_to_its_end():
     assert lib.stochastic_loss(1e308, 4, 1, 2, 2e-309) == 0
 
 def test_stochastic_floor_and_dimension():
-    """(S8) bounds the least loss on draws (not at q = 16); (S9) is within 10 % of it, the least over c."""
+    """(S8) bounds the least loss on draws (not at q = 16), at such c; (S9) is within 10 % of it."""
     for T, q, d_e, query, low, high in [(32, 3, 24, "dual", 0.2, 1.0), (32, 3, 36, "dual", 0.1, 1.0),
                                         (32, 16, 96, "dual", 1.1, 1.5), (32, 3, 512, "sum", 0.9, 1.1)]:
         u = lib.overlaps(default_rng(13), 2000, T, q, d_e, query)
-        least = min(lib.overlap_loss(c, u, q, 4) for c in np.linspace(0.5, 12, 47))
+        least, c = min((lib.overlap_loss(c, u, q, 4), c) for c in np.linspace(0.5, 12, 47))
+        assert query == "sum" or abs(c * lib.overlap_variance(q, d_e) - (0.95 if q == 3 else 0.55)) < 0.1
         assert low <= least / lib.stochastic_floor(T, q, 4, d_e, query) <= high, (q, d_e, query)
     for T, q, d_e in [(32, 3, 16), (16, 4, 16), (64, 3, 24), (32, 5, 4000)]:
         tau2 = (q + 2 * (q - 1) / q) / d_e
@@ -1188,16 +1188,18 @@ def test_claim(measured, wanted, worst):
     assert f"{row['measured']} {row['verdict']}" == worst and row["predicted"].startswith(("equals ", "at "))
     assert list(row) == ["id", "statement", "source", "predicted", "measured", "tolerance", "verdict"]
 
-def test_crash_half_way(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault, message", [({"nonsense": 1}, "TypeError: .*nonsense"), (
+    {"steps": type("Kill", (), {"__reduce__": lambda _: (os._exit, (9,))})()}, "the process was killed;")])
+def test_crash_half_way(fault, message, tmp_path, monkeypatch):
     """The table so far, the name of the experiment, one line, status 1; main leaves the process as it was."""
     state = lambda: (dict(os.environ), signal.getsignal(signal.SIGINT), "matplotlib" in sys.modules)
     before, output, errors = state(), io.StringIO(), io.StringIO()
-    monkeypatch.setitem(run_all.QUICK, "fixed", {"nonsense": 1})
+    monkeypatch.setitem(run_all.QUICK, "fixed", fault)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)  # one after the other
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         assert run_all.main(["--quick", "--only", "matrices,fixed", "--out", str(tmp_path)]) == 1
     assert state() == before and os.listdir(tmp_path) == ["2_matrices.png"]
-    assert re.fullmatch(r"run_all.py: fixed: TypeError: .*nonsense.*\n", errors.getvalue()), errors.getvalue()
+    assert re.fullmatch(f"run_all.py: fixed: {message}.*\n", errors.getvalue()), errors.getvalue()
     assert re.search(r"^id +verdict .*\n([\w-]+ +ok .*\n)+", output.getvalue(), re.M), output.getvalue()
 
 @pytest.mark.parametrize("options, lines", [
@@ -1278,8 +1280,7 @@ def whole(folder):
     return text, picture
 
 def test_run_in_a_hostile_place(tmp_path):
-    """A space in the path, no home, no display, ASCII, a matplotlibrc; then two runs at once into one folder,
-    on terminals of 80 and of 0 columns: the same bytes, and rows that fit."""
+    """A space in the path, ASCII, a matplotlibrc; then two runs at once on terminals of 80 and 0 columns."""
     (tmp_path / "matplotlibrc").write_text("axes.facecolor: red")
     import fcntl, pty, struct, termios  # noqa: E401  (not on Windows)
     hostile = {"MPLBACKEND": "nonsense", "HOME": str(RUN / "home"), "LC_ALL": "C", "PYTHONUTF8": "0",
@@ -1312,11 +1313,10 @@ def test_interrupt(moment, times, tmp_path):
     process = start(RUN, "--quick", "--out", tmp_path, env=first)
     assert "running" in process.stdout.readline()
     time.sleep(moment or 0.0)
-    begin = time.monotonic()
     for _ in range(times):
         os.kill(process.pid, signal.SIGINT) if times == 1 else os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=30)  # until the last process has let go of the pipe
-    assert (process.returncode, errors) == (130, "run_all.py: interrupted\n") and time.monotonic() - begin < 3
+    _, errors = process.communicate(timeout=3)  # until the last process has let go of the pipe
+    assert (process.returncode, errors) == (130, "run_all.py: interrupted\n")
     assert (tmp_path / "claims.csv").read_text() == "old" and not [*tmp_path.glob(".*")]
 
 def test_output_that_is_lost(tmp_path):
