@@ -556,13 +556,13 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
             ax.text(1, height + 0.02, name)
         finish(ax, "gradient steps t", "cosine with truth", "lower right", yscale="linear", ylim=(0, 1.05))
     def dimension_panel(ax):
-        laws = ("(S9)", 230, 0.07), ("(S8)", 42, 4e-3), ("(S10)", 12, 3e-3)
+        laws = ("(S9)", 230, 0.07), ("(S8)", 41, 9e-3), ("(S10)", 12, 3e-3)
         for ((query, k), (loss, _, _)), colour, law in zip(floors.items(), (PINK, GREEN, SKY), laws):
             sizes = np.geomspace(dims[query, k][0], dims[query, k][-1], 60).astype(int).tolist()
             ax.plot(sizes, [lib.stochastic_floor(16, k, 2 * k, size, query) for size in sizes], **PREDICTED)
             ax.plot(dims[query, k], loss, "o", color=colour, label=f"{query} query, q = {k}")
             ax.text(*law[1:], law[0])
-        finish(ax, "dimension of encodings $d_e$", "least loss over c, L/L₀", "upper right", ylim=(1e-4, 3))
+        finish(ax, "dimension of encodings $d_e$", "least loss over c, L/L₀", "upper right", ylim=(2e-3, 3))
     return {"Loss: nothing is fitted": law_panel, "Full model from samples, $d_e$ = 48": direction_panel,
             "Least loss at T = 16": dimension_panel}, [
         claim("S1", "Full model from samples, stochastic encodings: cosines of V and W with the truth after "
