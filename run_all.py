@@ -519,11 +519,11 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
                close=0.99):
     """Stochastic encodings: the law of two scalars, the directions learned, and the dimension needed."""
     ratios, within, shown = [], [], log_steps(last, 30)
-    for sizes in (20, 1, 24), (16, 2, 48), (64, 3, 64), (32, 4, 64):      # T, q, d_e; c sigma^2 is .1 and .2
-        u, q_, sigma2 = lib.overlaps(rng, B, *sizes), sizes[1], lib.overlap_variance(*sizes[1:])
+    for size in (20, 1, 24), (16, 2, 48), (64, 3, 64), (32, 4, 64), (8, 4, 64):                   # T, q, d_e
+        u, sigma2, q_ = lib.overlaps(rng, 64 // size[0] * B, *size), lib.overlap_variance(*size[1:]), size[1]
         for share in (0.1, 0.2):
             loss, error = sampled(lambda rows: lib.overlap_loss(share / sigma2, rows, q_, 1), u)
-            ratios.append(lib.stochastic_loss(share / sigma2, *sizes[:2], 1, sigma2) / loss)
+            ratios.append(lib.stochastic_loss(share / sigma2, *size[:2], 1, sigma2) / loss)
             within.append(4 / 3 * share**4 / sigma2 / q_**2 + 0.005 + 4 * error / loss)  # the next cumulant
     frozen, held = (lib.overlaps(rng, k * sets, T, q, d_e) for k in (1, 10))
     t, params, _ = record(two_scalars(lambda: frozen, q, d, d_e, eta, last), shown)
@@ -568,17 +568,17 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
         claim("S1", "Full model from samples, stochastic encodings: cosines of V and W with the truth after "
               f"{full_steps} steps, T = 16, q = 3, d_e = 48.", cosines["stochastic"][-1], at_least=close,
               source="paper"),
-        claim("S5", "The loss (S5) over the sampled loss: q = 1 to 4, T = 16 to 64, c sigma^2 = .1 and .2.",
+        claim("S5", "The loss (S5) over the sampled loss: q = 1 to 4, T = 8 to 64, c sigma^2 = .1 and .2.",
               ratios, equals=1, within=within),
         claim("S6", f"The loss (S6) over the measured loss from twice T/eta to {last} steps, "
-              f"(T, q, d, d_e) = {T, q, d, d_e}.", predicted / measured[late], equals=1, within=0.02),
+              f"(T, q, d, d_e) = {T, q, d, d_e}.", predicted / measured[late], equals=1, within=0.03),
         claim("S8", "Dual query, q = 3, T = 16: 2q times the slope in d_e of log(sqrt(d_e) least loss/(S8)).",
               6 * np.polyfit(dims["dual", 3], np.log(dual / dual_law * np.sqrt(dims["dual", 3])), 1)[0],
               equals=0, within=0.1 + (dual_error / dual).max()),  # 4 standard errors and more
         claim("S8-eps", "Dual query, q = 3, T = 16: at the d_e required for eps = .03 and .01, "
               f"{needed}, least L/L_0 is .2 to 1 eps.", dual[-2:] / (0.03, 0.01), equals=0.6, within=0.4),
         claim("S9", "Sum query: the least loss over (S9), q = 3 and 4, T = 16, d_e = 128 and 256.",
-              sums[0] / sums[2], equals=1, within=0.015 + 4 * sums[1] / sums[2]),
+              sums[0] / sums[2], equals=1, within=0.02 + 4 * sums[1] / sums[2]),
         claim("S10", "The least loss over (S10): q = 1 and 2, T = 4 to 12, d_e = 3 to 8.",
               ties[0] / ties[2], equals=1, within=4 * ties[1] / ties[2])]
 
@@ -953,7 +953,7 @@ QUICK = {  # what --quick changes in the settings of each experiment
     "dynamics": {"steps": 6000, "lengths": (64, 128, 256), "long": 2000, "off": 800, "online_steps": 250,
                  "laws": ((64, 8, 2, 6.0, 10.5, 0.005), (64, 2, 2, 3.0, 10.5, 0.05))},
     "matrices": {"steps": 800, "B": 128},
-    "stochastic": {"sets": 800, "last": 600, "full_steps": 160, "B": 4000, "close": 0.97},
+    "stochastic": {"sets": 1000, "last": 800, "full_steps": 160, "B": 4000, "close": 0.97},
     "length": {"times": (60, 120, 240, 480), "fixed_steps": 400, "B": 100},
     "floor": {"widths": (4, 8, 8), "steps": 800, "rate": 0.03, "wide": (8,), "wide_steps": 250,
               "other_steps": 60, "tests": 16_000},
