@@ -540,7 +540,7 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
     floors = {(query, k): least_losses(rng, B if query == "sum" else 4 * B, [(16, k, d_e) for d_e in sizes],
                                        query) for (query, k), sizes in dims.items()}
     dual, dual_error, dual_law = floors["dual", 3]
-    sums = least_losses(rng, 2 * B, [(16, 3, 128), (16, 3, 256), (16, 4, 256)], "sum")
+    sums = least_losses(rng, 2 * B, [(16, 3, 128), (16, 3, 256)], "sum")
     ties = least_losses(rng, 2 * B, [(4, 1, 3), (12, 1, 6), (4, 2, 5), (6, 2, 8)])
     def law_panel(ax):
         ax.plot(t, measured * 2 * q / d, "o", color=BLUE, label="descent of two scalars")
@@ -577,8 +577,8 @@ def stochastic(rng, T=32, q=3, d=6, d_e=96, eta=3.0, sets=1200, last=2500, full_
               equals=0, within=0.1 + (dual_error / dual).max()),  # 4 standard errors and more
         claim("S8-eps", "Dual query, q = 3, T = 16: at the d_e required for eps = .03 and .01, "
               f"{needed}, least L/L_0 is .2 to 1 eps.", dual[-2:] / (0.03, 0.01), equals=0.6, within=0.4),
-        claim("S9", "Sum query: the least loss over (S9), q = 3 and 4, T = 16, d_e = 128 and 256.",
-              sums[0] / sums[2], equals=1, within=0.02 + 4 * sums[1] / sums[2]),
+        claim("S9", "Sum query: the least loss over (S9), q = 3, T = 16, d_e = 128 and 256.",
+              sums[0] / sums[2], equals=1, within=0.015 + 4 * sums[1] / sums[2]),
         claim("S10", "The least loss over (S10): q = 1 and 2, T = 4 to 12, d_e = 3 to 8.",
               ties[0] / ties[2], equals=1, within=4 * ties[1] / ties[2])]
 
