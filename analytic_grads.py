@@ -54,8 +54,9 @@ def softmax(scores):
     >>> softmax([0.0, 1e300]).tolist()
     [0.0, 1.0]
     """
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    weights = scores - scores.max(axis=-1, keepdims=True)
+    np.exp(weights, out=weights)                                  # in place: half the time
+    return np.divide(weights, weights.sum(axis=-1, keepdims=True), out=weights)
 
 
 @checked(V="d D", W="D D", Z="B D T", z_query="B D", target="B d")
@@ -244,8 +245,7 @@ def finite(value):
 
 
 def require_finite(name, value):
-    if not finite(value):
-        require(False, name, "finite", float(value[~np.isfinite(value)][0]))
+    finite(value) or require(False, name, "finite", float(value[~np.isfinite(value)][0]))
 
 
 def admit(name, value, kind, known):
