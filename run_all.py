@@ -316,9 +316,9 @@ def descend(loss_and_grads, draw, V_shape, W_size, eta, steps):
                                 lambda V, W: loss_and_grads(V, W, *draw()), eta, steps)
 
 
-def set_descent(E, q, d, eta, steps, query="dual"):
+def set_descent(E, q, d, eta, steps):
     """Matrix descent on one set of encodings, the population over all subsets (P2, P4)."""
-    whole = on_population(E, lib.all_subsets(E.shape[1], q), query)
+    whole = on_population(E, lib.all_subsets(E.shape[1], q))
     return descend(population_loss_and_grads, lambda: whole, (d, d), len(E), eta, steps)
 
 
@@ -337,11 +337,11 @@ def off_the_line(E, q, d, eta, steps):
                for (_, (V, W), _), (_, (alpha, omega), _) in both)
 
 
-def online(rng, E, q, d, eta, B, steps, query="sum", tokens="gaussian", fresh=False):
+def online(rng, E, q, d, eta, B, steps, query="sum", fresh=False):
     """Descent of the full model, V and W whole, on new samples at each step, new encodings if `fresh` (A)."""
     d_e, T = E.shape
     def draw():
-        X, selected = lib.sample_batch(rng, B, T, q, d, tokens)
+        X, selected = lib.sample_batch(rng, B, T, q, d)
         return on_samples(lib.random_sign_encoding(rng, d_e, T, B) if fresh else E, X, selected, query)
     return descend(attention_loss_and_grads, draw, (d, d + d_e), d + d_e, eta, steps)
 
