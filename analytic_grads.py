@@ -460,15 +460,17 @@ def require_shape(name, found, shapes, sizes):
 # ---- what arguments must be together ----
 
 def require_broadcast(given, contract):
-    """The arrays in places where one number would do broadcast."""
+    """The arrays in places where one number would do broadcast, to what can be allocated."""
     shapes = {}
     for name, value in given.items():
         if isinstance(value, np.ndarray) and contract[name].startswith(PLURALS):
             shapes[name] = value.shape
     try:
-        np.broadcast_shapes(*shapes.values())
+        count = math.prod(np.broadcast_shapes(*shapes.values()))
     except ValueError:
-        require(False, ", ".join(shapes), "of shapes that broadcast", shapes)
+        count = math.inf
+    wanted = "of shapes that broadcast, to at most 2^30 numbers"
+    require(count <= 2**30, ", ".join(shapes), wanted, shapes)
 
 
 def require_bounds(given, contract, sizes):

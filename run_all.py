@@ -28,6 +28,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+SCRIPT = Path(__file__).resolve()  # the file itself, also where a link to it is run
+if not SCRIPT.is_file():
+    sys.exit("run_all.py: it starts itself again for each experiment: run it as a file")
+
 import numpy as np
 
 from analytic_grads import (
@@ -77,10 +81,6 @@ from sparse_token_selection import (
     transformer,
     widest_margin,
 )
-
-SCRIPT = Path(__file__).resolve()  # the file itself, also where a link to it is run
-if not SCRIPT.is_file():
-    sys.exit("run_all.py: it starts itself again for each experiment: run it as a file")
 # ---- the trace: every update beside its derivation ----
 
 TOLERANCE = 1e-12  # of the larger of 1 and the line's largest entry
@@ -784,7 +784,7 @@ def draw_losses(ax, m):
         after = m.times > T / m.eta
         ax.plot(m.times[after], law[after], **PREDICTED)
     shown = log_steps(m.online_steps, 30)
-    ax.plot(shown, m.online_loss[shown], "s", color=RED, fillstyle="none",
+    ax.plot(shown, m.online_loss[shown], "s", color=PINK, fillstyle="none",
             label=f"full model online, B = {m.B}, T = {m.lengths[0]}")
     finish(ax, "Descent follows a closed form", "gradient steps t", "loss L",
            heading=f"q = {m.q}, d = {m.d}, η = {m.eta:g}, one-hot; dashed: (C3)")
@@ -1043,6 +1043,8 @@ def draw_step(ax, m):
 
 
 def claims_step(m):
+    _, loss = m.losses
+    _, law = m.laws
     late = slice(-m.steps // 4, None)
     return [
         at_least(
@@ -1050,7 +1052,7 @@ def claims_step(m):
             f"At {m.factors[1]:g} times the largest step of (A11), which (O5) allows, the "
             f"full model stalls: median loss over (C3) in the last quarter of {m.steps} steps, "
             f"(T, q, d, B) = {m.T, m.q, m.d, m.B}.",
-            np.median(m.losses[1][late] / m.laws[1][late]), 4),
+            np.median(loss[late] / law[late]), 4),
     ]
 
 
@@ -1070,10 +1072,9 @@ def measure_sideways(rng, sizes=((5, 4, 6), (8, 3, 12), (6, 2, 9)), factors=(0.9
         whole = on_population(np.eye(T), all_subsets(T, q))
         for factor in factors:
             eta = factor * largest_stable_eta(T, q, d, full=False)
-            W = line + push * U
-            for _ in range(steps):
-                _, _, grad_W = population_loss_and_grads(np.eye(d), W, *whole)
-                W = W - eta * grad_W
+            _, (_, W), _ = final(gradient_descent(
+                (np.eye(d), line + push * U),
+                lambda V, W: population_loss_and_grads(V, W, *whole), eta, steps))
             growth.append(np.vdot(W - line, U) / (push * np.vdot(U, U)))
             law.append((1 - 2 * factor)**steps)  # eta lambda = 2 factor
     return dict(growth=growth, law=law)
@@ -1204,7 +1205,7 @@ def measure_law(rng, T=32, q=3, d=6, d_e=96, eta=2.0, sets=1200, steps=3000, B=1
 def draw_law(ax, m):
     unit = 2 * m.q / m.d
     ax.plot(m.t, m.loss * unit, "o", color=BLUE, label="population descent of two scalars")
-    ax.plot(m.shown, m.online_loss * unit, "s", color=RED, fillstyle="none",
+    ax.plot(m.shown, m.online_loss * unit, "s", color=PINK, fillstyle="none",
             label=f"full model online, B = {m.B}")
     ax.plot(m.t[m.late], m.law * unit, label="(S6)", **PREDICTED)
     finish(ax, "Stochastic encodings: loss", "gradient steps t", "loss L/L₀, fresh encodings",
@@ -1284,11 +1285,11 @@ def claims_floors(m):
         agrees(
             "S9", f"Sum query, q = 3, T = {m.T}: the least loss over (S9), "
             f"d_e = {listed(sums.dims[2:])}.",
-            sums.loss[2:], sums.law[2:], within=0.015 + 4 * (sums.error / sums.law)[2:]),
+            sums.loss[2:], sums.law[2:], within=0.015 + 5 * (sums.error / sums.law)[2:]),
         agrees(
             "S10", f"Dual query, q = 2, T = {m.T}: the least loss over (S10), "
             f"d_e = {listed(two.dims)}.",
-            two.loss, two.law, within=4 * two.error / two.law),
+            two.loss, two.law, within=5 * two.error / two.law),
     ]
 
 
@@ -1306,9 +1307,10 @@ def measure_rate(rng, sizes=((64, 2, 4), (64, 1, 4), (512, 3, 6)), eta=1.0,
     """Closed forms: the loss of one-hot, and of stochastic encodings of the best d_e at each t."""
     t = np.array(times)
     found = [[least_over_dimensions(now, *size, eta) for now in times] for size in sizes]
-    laws = [best_dimension(t, *size, eta) for size in sizes]
+    place, least = np.transpose(found, (2, 0, 1))  # sizes, times
+    place_law, least_law = np.moveaxis([best_dimension(t, *size, eta) for size in sizes], 1, 0)
     return dict(
-        t=t, found=np.transpose(found, (2, 0, 1)), laws=np.moveaxis(laws, 1, 0),
+        t=t, place=place, least=least, place_law=place_law, least_law=least_law,
         one_hot=one_hot_loss_at(t, *sizes[0], eta))
 
 
@@ -1319,34 +1321,32 @@ def draw_rate(ax, m):
     ax.axhline((T - 1) / 4, **PREDICTED)
     ax.text(m.t[0], (T - 1) / 4 - 8, "(C4)")
     label = "stochastic, the best $d_e$ for each t (S6)"
-    ax.plot(m.t, m.found[1, 0] * unit, "o", color=BLUE, label=label)
-    ax.plot(m.t, m.laws[1, 0] * unit, label="(S7): rises like ln t", **PREDICTED)
+    ax.plot(m.t, m.least[0] * unit, "o", color=BLUE, label=label)
+    ax.plot(m.t, m.least_law[0] * unit, label="(S7): rises like ln t", **PREDICTED)
     finish(ax, "A natural origin of log t/t", "gradient steps t", "L η t", "upper left",
            f"closed forms, T = {T}, q = {q}, d = {d}", yscale="linear", ylim=(0, 125))
 
 
 def claims_rate(m):
-    late = np.array(m.times) == 1e6
-    place, least = m.found[..., late]
-    place_law, least_law = m.laws[..., late]
+    late = m.t == 1e6
     at = f"at t = 10^6, (T, q, d) = {listed(m.sizes)}"
     return [
         agrees(
             "S7-least", f"The law of the least loss over d_e (S7) over the least of (S6), {at}.",
-            least_law, least, within=0.12),
+            m.least_law[:, late], m.least[:, late], within=0.12),
         agrees(
             "S7-place", f"The dimension where the loss (S6) is least, over that of (S7), {at}.",
-            place, place_law, within=0.06),
+            m.place[:, late], m.place_law[:, late], within=0.06),
     ]
 
 
-def measure_bounded(rng, cases=((4, 1, 8, 0.5), (6, 1, 10, 0.4)), d=3, eta=1.0, sets=200,
+def measure_bounded(rng, cases=((6, 1, 10, 0.4), (12, 1, 10, 0.4)), d=3, eta=1.0, sets=400,
                     steps=10_000):
     """Population descent of the two scalars on draws with overlaps off y of at most u_max (S7)."""
     value = []
     law = []
     for T, q, d_e, u_max in cases:
-        u = overlaps(rng, 50 * sets, T, q, d_e)
+        u = overlaps(rng, 4 * sets, T, q, d_e)
         bounded = u[u[:, q:].max(axis=1) < u_max + 1e-9][:sets]
         _, _, loss = final(two_scalars(lambda: bounded, q, d, d_e, eta, steps))
         value.append(loss)
@@ -1441,8 +1441,8 @@ def best_loss(rng, m, T, q, d, tests):
 
 
 def measure_floor(rng, T=8, q=2, d=4, widths=(1, 2, 4, 8, 16, 32), steps=1500, rate=0.02,
-                  B=256, tests=20_000):
-    """Networks trained by Adam: their test losses beside the floors (F3), (F4)."""
+                  B=256, best_widths=(1, 3, 4, 9, 20, 31, 32), tests=20_000):
+    """Networks trained by Adam, and `best_fcn`: test losses beside the floors (F3), (F4)."""
     inputs, target, *_ = fcn_batch(rng, tests, T, q, d)
     rows = []
     for m in widths:
@@ -1452,11 +1452,8 @@ def measure_floor(rng, T=8, q=2, d=4, widths=(1, 2, 4, 8, 16, 32), steps=1500, r
         own = fcn_first_layer_floor(params[0], T, q, d) * 2 * q / d
         rows.append((loss, error, own, fcn_loss_floor(m, T, q, d) * 2 * q / d))
     loss, error, own, floor = np.transpose(rows)
-
-    best_widths = [1, 3, d, 9, 20, T * d - 1, T * d]
     best = [best_loss(rng, m, T, q, d, tests)[0] for m in best_widths]
-    return dict(
-        loss=loss, error=error, own=own, floor=floor, best_widths=best_widths, best=best)
+    return dict(loss=loss, error=error, own=own, floor=floor, best=best)
 
 
 def draw_floor(ax, m):
@@ -1690,7 +1687,7 @@ EXPERIMENTS = {
         part(measure_line, claims=claims_line),
         part(measure_step, draw_step, claims=claims_step, steps=400, B=128),
         part(measure_sideways, claims=claims_sideways),
-        part(measure_noise, claims=claims_noise, batches=40),
+        part(measure_noise, claims=claims_noise),
     ],
     "learning": [
         part(measure_blocks,
@@ -1704,8 +1701,8 @@ EXPERIMENTS = {
         part(measure_law, draw_law, draw_directions, claims=claims_law,
              T=16, d=4, d_e=48, eta=1.5, sets=800, steps=400, online_steps=200),
         part(measure_floors, draw_floors, claims=claims_floors, B=4000),
-        part(measure_rate, draw_rate, claims=claims_rate, times=(1e4, 1e6)),
-        part(measure_bounded, claims=claims_bounded, cases=((4, 1, 8, 0.5),), steps=5000, eta=1.8),
+        part(measure_rate, draw_rate, claims=claims_rate),
+        part(measure_bounded, claims=claims_bounded, cases=((6, 1, 10, 0.4),), steps=6000, eta=1.8),
     ],
     "length": [
         part(measure_reach, draw_reach, claims=claims_reach, times=(60, 120, 240), B=2000),
@@ -1718,7 +1715,7 @@ EXPERIMENTS = {
         part(measure_width, draw_width, claims=claims_width, lengths=(16, 64)),
     ],
     "open": [
-        part(measure_fixed, draw_fixed, draw_where, sizes=((16, 12, 1), (6, 12, 2)), steps=300),
+        part(measure_fixed, draw_fixed, draw_where, sizes=((16, 24, 1), (6, 20, 2)), steps=300),
         part(measure_start, claims=claims_start, T=80, dims=(40, 80)),
         part(measure_end, claims=claims_end, sizes=((6, 12),), steps=2000),
     ],
@@ -1930,7 +1927,7 @@ def main_trace(parser, options):
     try:
         return trace(
             options.model or "one-hot", options.trace, settings, options.seed,
-            options.start or STARTS[0], bool(options.full), options.mine)
+            options.start or "line", bool(options.full), options.mine)
     except ValueError as error:
         parser.error(str(error))
     except ArithmeticError as error:  # a descent that diverges
