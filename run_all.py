@@ -81,11 +81,13 @@ from sparse_token_selection import (
     transformer,
     widest_margin,
 )
-# ---- the trace: every update beside its derivation ----
+
+
+# ---- 1. the trace: every update beside its derivation ----
 
 TOLERANCE = 1e-12  # of the larger of 1 and the line's largest entry
 MOST = 2500  # entries of a matrix: each takes a forward pass
-HEADS = "code", "complex step"
+COLUMN_HEADS = "code", "complex step"
 
 ATTENTION = {
     "s": "(A1) s = Z^T W z_q",
@@ -202,16 +204,16 @@ def batch_stages(
         arguments = tuple(at.values())
         other = again(forward, at, grads | inner)
         title = f"step {t}, {lines.__name__}: sums over {B} samples"
-        yield title, HEADS, lines, arguments, texts, other
+        yield title, COLUMN_HEADS, lines, arguments, texts, other
 
         means = {name: value / B for name, value in other.items()}
         text = {name: texts[name] for name in ("loss", *grads.values())}
         title = f"step {t}, {loss_and_grads.__name__}: means over {B} samples"
-        yield title, HEADS, loss_and_grads, arguments, text, means
+        yield title, COLUMN_HEADS, loss_and_grads, arguments, text, means
 
         text = {name: f"{name} <- {name} - eta {grad}" for name, grad in grads.items()}
         moved = {name: at[name] - eta * means[grad] for name, grad in grads.items()}
-        yield "", HEADS, dict, [dict(zip(weights, after))], text, moved
+        yield "", COLUMN_HEADS, dict, [dict(zip(weights, after))], text, moved
 
 
 def trace_attention(rng, steps, start, T, q, d, eta, B=2):
@@ -308,7 +310,7 @@ def random_point(rng, step, d, d_e, E, e_query, selected, B=3):
     arguments = tuple(at.values())
     other = again(population_forward, at, dict(V="grad_V", W="grad_W"))
     title = f"{step}, off the line: V and W random, mean over {B} samples"
-    return title, HEADS, population_loss_and_grads, arguments, POPULATION, other
+    return title, COLUMN_HEADS, population_loss_and_grads, arguments, POPULATION, other
 
 
 def full_model(step, V, W, samples):
@@ -439,6 +441,8 @@ def by_name(function, arguments, lines):
     """The result of a function by the names of its lines."""
     result = function(*arguments)
     if isinstance(result, dict):
+        known = result.keys() <= lines.keys()
+        require(known, "its lines", f"among {', '.join(lines)}", list(result))
         return result
     fits = isinstance(result, (tuple, list)) and len(result) == len(lines)
     require(fits, "its result", f"{', '.join(lines)}", result)
@@ -450,7 +454,7 @@ def as_numbers(value, shape):
     array = np.asarray(value)
     fits = array.shape == shape and array.dtype.kind in "biuf" and np.isfinite(array).all()
     got = value if array.shape == shape else array.shape
-    require(fits, "it", f"{shape} numbers", got)
+    require(fits, "it", f"finite numbers of shape {shape}", got)
     return array.astype(float)
 
 
@@ -555,7 +559,6 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "legend.title_fontsize": 9,
-    "legend.labelspacing": 0.3,
 }
 
 
@@ -754,11 +757,11 @@ def with_error(f, target, q):
 
 # ---- story: the paper in four panels ----
 
-def measure_losses(rng, lengths=(16, 64, 256), q=2, d=4, eta=2.0, steps=30_000, B=256, runs=4,
+def measure_losses(rng, lengths=(16, 64, 256), q=3, d=4, eta=1.1, steps=30_000, B=256, runs=4,
                    online_steps=1500):
     """One-hot: population descent (O2)-(O4) at three T, the full V and W online at the smallest.
 
-    eta is half of what the full model allows at the smallest T.
+    eta is half of the largest step of the full model (A11) at the smallest T.
     """
     times = log_steps(steps, 90)
     _, _, loss = scalar_descent(times, np.array(lengths), q, d, eta)
@@ -812,15 +815,15 @@ def claims_losses(m):
     return [
         equals(
             "A11-half",
-            "The full model online at half of the largest step, one-hot, "
+            "The full model online at half of the largest step (A11), one-hot, "
             f"(T, q, d, B) = {m.lengths[0], m.q, m.d, m.B}: mean loss over (C3) in the second half "
-            "of the steps is 1 plus the excess (A12), give or take as much.",
+            "of the steps is 1 plus the excess (A12), give or take as much and 4 standard errors.",
             m.ratio, 1 + excess, within=excess + 4 * m.error),
     ]
 
 
 def measure_closed_form(rng, sizes=((64, 8, 2), (64, 2, 4), (64, 2, 2), (64, 4, 8), (256, 4, 8),
-                                    (512, 3, 3)), escapes=1.3, late=(16, 2, 4), steps=20_000):
+                                    (512, 3, 3)), escapes=1.3, last_size=(16, 2, 4), steps=20_000):
     """The recursion (O3, O4) at half of the largest step: over (C3) from t = 3T/eta over the cliff,
     and at one size L 4 eta t/(T - 1) after many steps."""
     worst = []
@@ -832,9 +835,9 @@ def measure_closed_form(rng, sizes=((64, 8, 2), (64, 2, 4), (64, 2, 2), (64, 4, 
         error = abs(np.log(loss / one_hot_loss_at(times, *size, eta)))
         worst.append(error.max() / (0.05 * (d / q)**2))
 
-    eta = largest_stable_eta(*late) / 2
-    _, _, (loss,) = scalar_descent([steps], *late, eta)
-    return dict(worst=worst, share=loss * 4 * eta * steps / (late[0] - 1))
+    eta = largest_stable_eta(*last_size) / 2
+    _, _, (loss,) = scalar_descent([steps], *last_size, eta)
+    return dict(worst=worst, share=loss * 4 * eta * steps / (last_size[0] - 1))
 
 
 def claims_closed_form(m):
@@ -846,15 +849,16 @@ def claims_closed_form(m):
             m.worst, 1),
         equals(
             "C4", f"The loss falls like (T-1)/(4 eta t): L 4 eta t/(T-1) at t = {m.steps}, "
-            f"(T, q, d) = {m.late}.",
+            f"(T, q, d) = {m.last_size}.",
             m.share, 1, within=0.01),
     ]
 
 
-def measure_kinds(rng, T=32, q=2, d=16, d_e=128, eta=1.5, steps=4000, fixed_steps=2000, B=8000):
+def measure_kinds(rng, T=32, q=2, d=16, d_e=128, eta=1.5, steps=4000, draws=800, fixed_steps=2000,
+                  batch=48, B=8000):
     """Population descent at length T, tested at up to 64 T: stochastic, fixed, one-hot sets."""
     lengths = [T * 2**k for k in range(7)]
-    frozen = overlaps(rng, 800, T, q, d_e)
+    frozen = overlaps(rng, draws, T, q, d_e)
     _, (alpha, c), _ = final(two_scalars(lambda: frozen, q, d, d_e, eta, steps))
 
     _, (beta, omega), _ = final(one_hot_recursion(T, q, d, eta, steps))
@@ -863,13 +867,13 @@ def measure_kinds(rng, T=32, q=2, d=16, d_e=128, eta=1.5, steps=4000, fixed_step
     E = random_sign_encoding(rng, d_e, lengths[-1])  # trained on its first T columns
 
     def draw():
-        _, selected = sample_batch(rng, 48, T, q, 1)
+        _, selected = sample_batch(rng, batch, T, q, 1)
         return on_population(E[:, :T], selected)
     _, fixed, _ = final(train(population_loss_and_grads, draw, (d, d), d_e, eta, fixed_steps))
 
     losses = {"one-hot": [], "one fixed set, extended": []}
     for size in lengths:
-        _, selected = sample_batch(rng, 200, size, q, 1)
+        _, selected = sample_batch(rng, draws, size, q, 1)
         encodings = np.eye(T, size), E[:, :size]
         for kind, model, columns in zip(losses, (one_hot, fixed), encodings):
             loss, _, _ = population_loss_and_grads(*model, *on_population(columns, selected))
@@ -974,7 +978,7 @@ def claims_same_samples(m):
             "F4-separation",
             f"A transformer of width {m.D} online, (T, q, d) = {m.T, m.q, m.d}: loss "
             "+ 4 standard errors over the least loss of networks of that width (F4).",
-            (m.loss[0, -1] + 4 * m.error[0, -1]) / m.floor, 0.1, source="paper"),
+            (m.loss[0, -1] + 4 * m.error[0, -1]) / m.floor, 0.2, source="paper"),
     ]
 
 
@@ -1142,11 +1146,11 @@ def measure_blocks(rng, T=32, q=3, d=4, eta=2.0, B=256, steps=2000, early=(20, 1
         shown=[models[i] for i in np.searchsorted(t, early)])
 
 
-def draw_block(ax, m, name, which):
-    """V or W at one of the two early times, both on the scale of the later one."""
-    first, second = ({"V": V, "W": W}[name] for V, W in m.shown)
+def draw_block(ax, m, k, which):
+    """V (k = 0) or W (k = 1) at one of the two early times, both on the scale of the later one."""
+    first, second = (model[k] for model in m.shown)
     heat_map(ax, (first, second)[which], m.d, abs(second).max())
-    ax.set_title(f"{name} after {m.early[which]} steps")
+    ax.set_title(f"{'VW'[k]} after {m.early[which]} steps")
 
 
 def draw_norms(ax, m):
@@ -1216,8 +1220,6 @@ def draw_directions(ax, m):
     for name, values, colour in zip("VW", zip(*m.cosines), (ORANGE, BLUE)):
         ax.plot(m.shown, values, "o", color=colour, label=f"{name} with the identity")
     ax.axhline(1, **PREDICTED)
-    ax.axhline(math.sqrt(m.T / m.d_e), **PREDICTED)
-    ax.text(1, math.sqrt(m.T / m.d_e) + 0.02, "one fixed set: W stays below √(T/$d_e$)")
     finish(ax, f"Full model online, B = {m.B}: directions", "gradient steps t",
            "cosine with the truth", "lower right", yscale="linear", ylim=(0, 1.08))
 
@@ -1230,9 +1232,9 @@ def claims_law(m):
             f"{m.online_steps} steps, (T, q, d, d_e, B) = {m.T, m.q, m.d, m.d_e, m.B}.",
             m.cosines[-1], 0.98, source="paper"),
         agrees(
-            "S6", "Population descent of the two scalars, stochastic encodings: the loss (S6) over "
-            f"the measured loss from twice T/eta on, (T, q, d, d_e) = {m.T, m.q, m.d, m.d_e}.",
-            m.law, m.loss[m.late], within=0.03),
+            "S6", "Population descent of the two scalars, stochastic encodings: the loss on fresh "
+            f"draws over (S6), from twice T/eta on, (T, q, d, d_e) = {m.T, m.q, m.d, m.d_e}.",
+            m.loss[m.late], m.law, within=0.03),
     ]
 
 
@@ -1251,7 +1253,7 @@ def least_loss(rng, B, T, q, d_e, query):
     return loss, error, stochastic_floor(T, q, 2 * q, d_e, query)
 
 
-def measure_floors(rng, T=16, B=15_000, eps=(0.03, 0.01), sum_dims=(32, 64, 128, 256),
+def measure_dimensions(rng, T=16, B=15_000, eps=(0.03, 0.01), sum_dims=(32, 64, 128, 256),
                    two_dims=(8, 12, 16)):
     """The least loss over c: sum and dual query at q = 3, dual query at q = 2."""
     dual_dims = [16, 24] + [required_dimension(T, 3, target) for target in eps]
@@ -1264,7 +1266,7 @@ def measure_floors(rng, T=16, B=15_000, eps=(0.03, 0.01), sum_dims=(32, 64, 128,
     return dict(curves=curves, required=dual_dims[2:])
 
 
-def draw_floors(ax, m):
+def draw_dimensions(ax, m):
     for curve, colour in zip(m.curves, (PINK, GREEN, SKY)):
         label = f"{curve.query} query, q = {curve.q}"
         ax.plot(curve.dims, curve.loss, "o", color=colour, label=label)
@@ -1275,16 +1277,16 @@ def draw_floors(ax, m):
            "upper right", ylim=(2e-3, 3))
 
 
-def claims_floors(m):
+def claims_dimensions(m):
     sums, dual, two = m.curves
     return [
         equals(
-            "S8-eps", f"Dual query, q = 3, T = {m.T}: at the d_e that (S8) requires for eps = "
-            f"{listed(m.eps)}, {listed(m.required)}, the least L/L_0 is .2 to 1 eps.",
+            "S8-eps", f"Dual query, q = 3, T = {m.T}: at d_e = {listed(m.required)}, which (S8) "
+            f"requires for eps = {listed(m.eps)}, the least L/L_0 is .2 to 1 eps.",
             dual.loss[2:] / m.eps, 0.6, within=0.4),
         agrees(
-            "S9", f"Sum query, q = 3, T = {m.T}: the least loss over (S9), "
-            f"d_e = {listed(sums.dims[2:])}.",
+            "S9", f"Sum query, q = 3, T = {m.T}: the least loss over (S9), too coarse to see "
+            f"tau^2, d_e = {listed(sums.dims[2:])}.",
             sums.loss[2:], sums.law[2:], within=0.015 + 5 * (sums.error / sums.law)[2:]),
         agrees(
             "S10", f"Dual query, q = 2, T = {m.T}: the least loss over (S10), "
@@ -1332,8 +1334,8 @@ def claims_rate(m):
     at = f"at t = 10^6, (T, q, d) = {listed(m.sizes)}"
     return [
         agrees(
-            "S7-least", f"The law of the least loss over d_e (S7) over the least of (S6), {at}.",
-            m.least_law[:, late], m.least[:, late], within=0.12),
+            "S7-least", f"The least of (S6) over d_e over its law (S7), {at}.",
+            m.least[:, late], m.least_law[:, late], within=0.12),
         agrees(
             "S7-place", f"The dimension where the loss (S6) is least, over that of (S7), {at}.",
             m.place[:, late], m.place_law[:, late], within=0.06),
@@ -1367,10 +1369,11 @@ def claims_bounded(m):
 
 # ---- length: how far training reaches ----
 
-def measure_reach(rng, T=32, q=2, d=16, d_e=128, eta=3.0, times=(100, 300, 1000, 3000), B=16_000):
+def measure_reach(rng, T=32, q=2, d=16, d_e=128, eta=3.0, times=(100, 300, 1000, 3000), sets=1000,
+                  B=16_000):
     """Population descent of the two scalars at length T for several times, tested at T to 64 T."""
     lengths = [T * 2**k for k in range(7)]
-    frozen = overlaps(rng, 1000, T, q, d_e)
+    frozen = overlaps(rng, sets, T, q, d_e)
     _, trained, _ = record(two_scalars(lambda: frozen, q, d, d_e, eta, times[-1]), times)
     rows = [at_lengths(rng, alpha, c, lengths, q, d, d_e, B) for alpha, c in trained]
     loss, error, law = np.moveaxis(rows, 1, 0)
@@ -1392,13 +1395,13 @@ def claims_reach(m):
         agrees(
             "L1",
             f"Trained at (T, q, d, d_e) = {m.T, m.q, m.d, m.d_e} for {listed(m.times)} steps: "
-            "(L1) over the loss at lengths T to 64 T.",
-            m.law, m.loss, within=0.015 + 4 * m.error / m.loss),
+            "the loss at lengths T to 64 T over (L1).",
+            m.loss, m.law, within=0.015 + 4 * m.error / m.law),
     ]
 
 
-def measure_longest(rng, T=32, q=3, d=4, d_e=128, eta=2.0, times=(1e5, 2e5, 4e5, 1e6), eps=0.1,
-                    B=150, most=2400):
+def measure_longest(rng, T=32, q=3, d=4, d_e=128, eta=2.0, times=(100_000, 200_000, 400_000,
+                    1_000_000), eps=0.1, B=150, most=2400):
     """The longest sequence with a loss of eps L_0: on draws, by bisection, and by (L2)."""
     sigma2 = overlap_variance(q, d_e)
     u = overlaps(rng, B, most, q, d_e)
@@ -1668,19 +1671,24 @@ def claims_end(m):
 
 # ---- the table of experiments: each is one figure ----
 
-def part(measure, *draws, claims=None, **quick):
+# To add one, write measure_NAME(rng, settings=...), which returns a dictionary of what it found;
+# draw_NAME(ax, m) for each panel and claims_NAME(m), a list of rows, where m has the settings and
+# the findings by name; and an entry here. Panels stand in the order of the entry, and figures in
+# that of the table; the name of a measurement is part of its seed.
+
+def part(measure, *draws, claims=lambda m: [], **quick):
     """A measurement, the panels that show it, its claims; what --quick changes in its settings."""
     return SimpleNamespace(measure=measure, draws=draws, claims=claims, quick=quick)
 
 
 EXPERIMENTS = {
-    "story": [
+    "story": [  # panels 1 and 2, none, 3, 4
         part(measure_losses, draw_losses, draw_learned, claims=claims_losses,
-             lengths=(16, 64), steps=3000, runs=2, online_steps=400),
+             lengths=(16, 64), steps=3000, runs=2, online_steps=300),
         part(measure_closed_form, claims=claims_closed_form, sizes=((64, 8, 2), (64, 4, 8))),
-        part(measure_kinds, draw_kinds, claims=claims_kinds, steps=1000, fixed_steps=300, B=2000),
+        part(measure_kinds, draw_kinds, claims=claims_kinds, steps=800, fixed_steps=250, B=1300),
         part(measure_same_samples, draw_same_samples, claims=claims_same_samples,
-             steps=400, tests=2000),
+             steps=250, tests=2000),
     ],
     "one_hot": [
         part(measure_escape, draw_escape, claims=claims_escape, lengths=(64, 128), steps=2000),
@@ -1691,22 +1699,23 @@ EXPERIMENTS = {
     ],
     "learning": [
         part(measure_blocks,
-             functools.partial(draw_block, name="V", which=0),
-             functools.partial(draw_block, name="V", which=1), draw_norms,
-             functools.partial(draw_block, name="W", which=0),
-             functools.partial(draw_block, name="W", which=1), draw_cosines,
-             claims=claims_blocks, steps=600),
+             functools.partial(draw_block, k=0, which=0),
+             functools.partial(draw_block, k=0, which=1), draw_norms,
+             functools.partial(draw_block, k=1, which=0),
+             functools.partial(draw_block, k=1, which=1), draw_cosines,
+             claims=claims_blocks, steps=500),
     ],
     "stochastic": [
         part(measure_law, draw_law, draw_directions, claims=claims_law,
              T=16, d=4, d_e=48, eta=1.5, sets=800, steps=400, online_steps=200),
-        part(measure_floors, draw_floors, claims=claims_floors, B=4000),
+        part(measure_dimensions, draw_dimensions, claims=claims_dimensions, B=4000),
         part(measure_rate, draw_rate, claims=claims_rate),
-        part(measure_bounded, claims=claims_bounded, cases=((6, 1, 10, 0.4),), steps=6000, eta=1.8),
+        part(measure_bounded, claims=claims_bounded, cases=((6, 1, 10, 0.4),), steps=3500, eta=1.8),
     ],
     "length": [
         part(measure_reach, draw_reach, claims=claims_reach, times=(60, 120, 240), B=2000),
-        part(measure_longest, draw_longest, claims=claims_longest, times=(1e5, 3e5), most=1000),
+        part(measure_longest, draw_longest, claims=claims_longest,
+             times=(100_000, 300_000), most=1000),
     ],
     "networks": [
         part(measure_floor, draw_floor, claims=claims_floor,
@@ -1717,7 +1726,7 @@ EXPERIMENTS = {
     "open": [
         part(measure_fixed, draw_fixed, draw_where, sizes=((16, 24, 1), (6, 20, 2)), steps=300),
         part(measure_start, claims=claims_start, T=80, dims=(40, 80)),
-        part(measure_end, claims=claims_end, sizes=((6, 12),), steps=2000),
+        part(measure_end, claims=claims_end, sizes=((6, 12),), steps=1500),
     ],
 }
 
@@ -1740,7 +1749,7 @@ def draw_figure(panels, path, dpi):
     rows = 1 if len(panels) <= 3 else 2
     size = (11, 2.6 + 1.6 * rows)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, len(panels) // rows, squeeze=False)
+    axes = figure.subplots(rows, -(-len(panels) // rows), squeeze=False)
     for ax, (draw, m) in zip(axes.ravel(), panels):
         draw(ax, m)
     figure.savefig(path, dpi=dpi)
@@ -1750,15 +1759,14 @@ def run_experiment(name, seed, quick, folder):
     """In a child: measure, draw, check; the picture and the claims go into the folder."""
     panels = []
     claims = []
-    for part in EXPERIMENTS[name]:
-        rng = np.random.default_rng([seed, *part.measure.__name__.encode()])
-        call = inspect.signature(part.measure).bind(rng, **(part.quick if quick else {}))
+    for entry in EXPERIMENTS[name]:
+        rng = np.random.default_rng([seed, *entry.measure.__name__.encode()])
+        call = inspect.signature(entry.measure).bind(rng, **(entry.quick if quick else {}))
         call.apply_defaults()
-        found = part.measure(**call.arguments)
+        found = entry.measure(**call.arguments)
         m = SimpleNamespace(**call.arguments, **found)
-        panels += [(draw, m) for draw in part.draws]
-        if part.claims:
-            claims += part.claims(m)
+        panels += [(draw, m) for draw in entry.draws]
+        claims += entry.claims(m)
     draw_figure(panels, folder / f"{name}.png", dpi=75 if quick else 150)
     (folder / f"{name}.json").write_text(json.dumps(claims))
 
@@ -1816,8 +1824,6 @@ def run(names, options, out, folder):
                 failed = failure(name, status, folder)
                 break
             rows[name] = json.loads((folder / f"{name}.json").read_text())
-            number = 1 + list(EXPERIMENTS).index(name)
-            os.replace(folder / f"{name}.png", out / f"{number}_{name}.png")
             held = sum(row["verdict"] == "ok" for row in rows[name])
             print(f"{name}: {held} of {len(rows[name])} claims hold, {seconds:.1f} s", flush=True)
 
@@ -1828,7 +1834,7 @@ def run(names, options, out, folder):
 
 
 def report(claims, failed, out, folder):
-    """Print the table of claims; write it unless a child failed; the exit status."""
+    """Print the claims; put them and the figures in place unless a child failed; the status."""
     width = None
     if sys.stdout and sys.stdout.isatty():
         width = (shutil.get_terminal_size().columns or 80) - 1  # some terminals say 0
@@ -1846,6 +1852,9 @@ def report(claims, failed, out, folder):
         table.writeheader()
         table.writerows(claims)
     os.replace(folder / "claims.csv", out / "claims.csv")
+    for number, name in enumerate(EXPERIMENTS, 1):
+        if (folder / f"{name}.png").exists():
+            os.replace(folder / f"{name}.png", out / f"{number}_{name}.png")
     print(f"{held} of {len(claims)} claims hold; figures and claims.csv are in {out}")
     return int(held < len(claims))
 
@@ -1935,18 +1944,23 @@ def main_trace(parser, options):
         return 1
 
 
+STOPPING = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+
+
 def interrupted(number, frame):
-    """Ctrl-C, a batch queue's SIGTERM, a closed terminal: once is enough."""
+    """Ctrl-C, a batch queue's SIGTERM, a closed terminal: later ones are ignored meanwhile."""
     for signal_number in STOPPING:
         signal.signal(signal_number, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
-STOPPING = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-
-
 def script():
-    """main() as a command: one line for an interrupt, a full disk, a reader that has gone."""
+    """main() as a command: one line for an interrupt, a full disk, a reader that has gone.
+
+    Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt (`interrupted`). On its way out
+    `side_by_side` ends the children, `main` removes the hidden folder of their results, figures and
+    claims.csv stay as they were, and the status is 130, 143 or 129.
+    """
     if CHILD not in os.environ and "IPython" not in sys.modules:  # as in %run: it has its own
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
