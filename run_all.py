@@ -984,7 +984,7 @@ def claims_same_samples(m):
 
 # ---- one_hot: escape, and how large the step may be ----
 
-def measure_escape(rng, lengths=(64, 128, 256, 512), q=4, d=8, eta=1.5, steps=25_000):
+def measure_escape(rng, lengths=(64, 128, 256, 512), q=4, d=4, eta=2.5, steps=32_000):
     """The step at which half of the attention is on y, by the recursion (O3, O4) and by (C5)."""
     _, omegas, _ = scalar_descent(range(steps + 1), np.array(lengths), q, d, eta)
     half = [np.interp(math.log((T - q) / q), omega, range(steps + 1))
@@ -1691,7 +1691,7 @@ EXPERIMENTS = {
              steps=250, tests=2000),
     ],
     "one_hot": [
-        part(measure_escape, draw_escape, claims=claims_escape, lengths=(64, 128), steps=2000),
+        part(measure_escape, draw_escape, claims=claims_escape, lengths=(64, 128), steps=3000),
         part(measure_line, claims=claims_line),
         part(measure_step, draw_step, claims=claims_step, steps=400, B=128),
         part(measure_sideways, claims=claims_sideways),

@@ -11,7 +11,6 @@ import bisect
 import concurrent.futures
 import contextlib
 import csv
-import decimal
 import doctest
 import functools
 import inspect
@@ -23,7 +22,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -39,7 +37,6 @@ import sparse_token_selection as lib
 
 pytestmark = pytest.mark.filterwarnings("error")
 parametrize = pytest.mark.parametrize
-
 ROOT = Path(__file__).resolve().parent
 EPS = np.finfo(float).eps
 PUBLIC = {
@@ -50,8 +47,7 @@ PUBLIC = {
 }
 
 
-# ---- how things are compared --------------------------------------------------------------------
-
+# ---- how things are compared ----
 
 def close(got, want, tolerance, scale=None):
     """The largest difference, over the largest entry wanted or the scale given."""
@@ -88,8 +84,7 @@ def uniform(rows, cells):
     assert deviate < normal_bound(1), f"chi-square {chi_square:.1f} with {free} free"
 
 
-# ---- the losses again, for complex numbers ------------------------------------------------------
-
+# ---- the losses again, for complex numbers ----
 
 def attend(scores):
     weights = np.exp(scores - np.real(scores).max(axis=-1, keepdims=True))
@@ -131,8 +126,7 @@ def centre(T):
     return np.eye(T) - 1 / T
 
 
-# ---- a newcomer starts here ---------------------------------------------------------------------
-
+# ---- a newcomer starts here ----
 
 def test_task_by_loops():
     """Target, sum query and what both models read, number by number."""
@@ -148,13 +142,9 @@ def test_task_by_loops():
         i, j = np.flatnonzero(selected[b])
         close(target[b], (X[b, :, i] + X[b, :, j]) / 2, 1e-15)
         close(e_query[b], E[b, :, i] + E[b, :, j], 1e-15)
+        assert Z[b].tolist() == [*X[b].tolist(), *E[b].tolist()]
         assert z_query[b].tolist() == [0, 0, *e_query[b]]
         assert inputs[b].tolist() == [*X[b].T.ravel(), *selected[b]]
-        for t in range(5):
-            assert Z[b, :, t].tolist() == [*X[b, :, t], *E[b, :, t]]
-
-    Z_shared, _ = lib.full_inputs(X, E[0], e_query)
-    assert Z_shared[2, 2:].tolist() == E[0].tolist()
 
 
 def normals(rng, *shapes):
@@ -223,18 +213,12 @@ CASES = attention_case, population_case, one_hot_case, stochastic_case, network_
 
 @parametrize("seed", range(40))
 @parametrize("case", CASES)
-def test_loss_again(case, seed):
-    by_hand, loss, params, data = case(default_rng(seed))
-    want = loss(*params, *data)
-    close(by_hand(*params, *data)[0], want, 1e-12, 1 + want)
-
-
-@parametrize("seed", range(40))
-@parametrize("case", CASES)
 def test_gradients_complex_step(case, seed):
-    """(A5, A8), (P2, P4), (O3, O4), (S2, S3), (F2): every entry, at sizes drawn at random."""
+    """(A5, A8), (P2, P4), (O3, O4), (S2, S3), (F2): the loss and every entry, at random sizes."""
     by_hand, loss, params, data = case(default_rng(seed))
-    _, *grads = by_hand(*params, *data)
+    value, *grads = by_hand(*params, *data)
+    want = loss(*params, *data)
+    close(value, want, 1e-12, 1 + want)
     for k, grad in enumerate(grads):
 
         def at(x):
@@ -259,58 +243,154 @@ def test_one_hot_line(T, q, d, alpha, omega):
     close(grad_W, grad_omega * C, 1e-14, d * (1 + alpha**2))
 
 
-def network_losses(network, B, T, q, d):
-    """The loss of a network on each of B samples."""
-    X, selected = lib.sample_batch(default_rng(15), B, T, q, d)
-    miss = lib.fcn(*network, lib.fcn_inputs(X, selected)) - lib.sts(X, selected)
-    return (miss**2).sum(axis=1) / 2
-
-
 @parametrize("T, q, d", SIZES)
 def test_best_fcn_at_every_width(T, q, d):
     """(F5): its loss on samples is the floor (F4), and so is the floor (F3) of its first layer."""
     for m in range(1, T * d + 1):
-        W1, b1, A, b2 = lib.best_fcn(m, T, q, d, K=10.0)
-        assert W1.shape == (m, T * d + T)
-        assert b1.shape == (m,)
-
+        network = lib.best_fcn(m, T, q, d, K=10.0)
         floor = lib.fcn_loss_floor(m, T, q, d)
-        own_floor = lib.fcn_first_layer_floor(W1, T, q, d)
+        own_floor = lib.fcn_first_layer_floor(network[0], T, q, d)
         close(own_floor, floor, 1e-12, d / (2 * q))
-        within_errors(network_losses((W1, b1, A, b2), 20_000, T, q, d), floor)
+
+        X, selected = lib.sample_batch(default_rng(15), 20_000, T, q, d)
+        miss = lib.fcn(*network, lib.fcn_inputs(X, selected)) - lib.sts(X, selected)
+        within_errors((miss**2).sum(axis=1) / 2, floor)
 
 
-def test_best_fcn_clips_at_K():
-    """A small K cuts off tokens, and the loss is above the floor."""
-    losses = network_losses(lib.best_fcn(10, 6, 2, 3, K=1.0), 5000, 6, 2, 3)
-    assert losses.mean() > 1.2 * lib.fcn_loss_floor(10, 6, 2, 3)
+def trace(capsys, options):
+    """Exit status, the lines printed, and those of the errors."""
+    try:
+        status = run_all.main(["--trace", *options.split()])
+    except SystemExit as stop:
+        status = stop.code
+    output, errors = capsys.readouterr()
+    return status, output.splitlines(), errors.splitlines()
 
 
-@parametrize("m", [0, 19])
-def test_best_fcn_refuses(m):
-    with pytest.raises(ValueError, match=r"^m\b"):
-        lib.best_fcn(m, T=6, q=2, d=3)
+def marked(output):
+    return [line for line in output if line.endswith("<--")]
 
 
-# ---- models and the population (A, P, S) --------------------------------------------------------
+@parametrize("options, lines", [
+    ("3 --model attention", 45),
+    ("3 --model fcn", 57),
+    ("3 --model one-hot", 51),
+    ("2 --model stochastic", 56),
+    ("2 --model attention --T 3 --q 1 --d 4 --seed 4 --eta 2", 30),
+    ("2 --model fcn --T 2 --q 2 --d 1 --m 1 --seed 1", 38),
+    ("40 --T 4 --q 4 --d 5 --eta 1.5", 600),
+    ("1 --T 1 --q 1 --d 1", 17),
+    ("99 --T 8 --q 3 --d 5 --eta 5.9", 1485),
+    *((f"2 --start zero --model {model}", None) for model in run_all.TRACES),
+])
+def test_trace(options, lines, capsys):
+    """Every update agrees with its derivation, on lines of at most 88 columns."""
+    status, output, errors = trace(capsys, options)
+    assert (status, errors, marked(output)) == (0, [], [])
+    assert max(map(len, output)) <= 88
+    [count] = re.findall(r"^(\d+) lines compared, largest difference ", output[-1])
+    assert lines in (None, int(count))
 
+
+def test_trace_by_hand(capsys):
+    """The first two updates from zero at (T, q, d) = (8, 3, 5), eta = 1/2, are fractions."""
+    _, output, _ = trace(capsys, "3 --T 8 --q 3 --d 5 --start zero")
+    alpha, omega = 31 / 256, 25 / 14336
+    assert f"step 2: V = {alpha:.6g} I, W = omega C, omega = {omega:.6g}" in output
+
+
+# ---- what is drawn: tokens, subsets, signs, weights ----
+
+FOURTH = {
+    "gaussian": 3.0, "rademacher": 1.0, "laplace": 6.0, "logistic": 4.2, "gumbel": 5.4,
+    "student_t": 3 + 6 / (lib.STUDENT_DF - 4)}
+
+
+@parametrize("tokens", lib.TOKENS)
+def test_tokens(tokens):
+    """Mean 0, variance 1, uncorrelated; error bars from the fourth moment, which is finite."""
+    assert lib.STUDENT_DF > 8
+    n = 400_000
+    X, _ = lib.sample_batch(default_rng(17), n, 3, 2, 2, tokens)
+    X = X.reshape(n, 6)
+    bound = normal_bound(6 + 36) / math.sqrt(n)
+    assert (abs(X.mean(axis=0)) <= bound).all()
+
+    spread = 1 + (math.sqrt(FOURTH[tokens] - 1) - 1) * np.eye(6)
+    error = abs(X.T @ X / n - np.eye(6))
+    assert (error <= bound * spread + 1e-12).all()
+
+
+@parametrize("T, q", [(5, 2), (7, 1), (4, 3), (13, 13)])
+def test_subsets(T, q):
+    """All of them in their order; those of a batch are equally likely."""
+    subsets = lib.all_subsets(T, q)
+    chosen = [tuple(np.flatnonzero(row == 1)) for row in subsets]
+    assert chosen == list(itertools.combinations(range(T), q))
+
+    _, selected = lib.sample_batch(default_rng(18), 30_000, T, q, 1)
+    uniform(np.vstack([selected, subsets]), len(subsets))
+
+
+def test_most_subsets():
+    assert len(lib.all_subsets(84, 3)) == 95_284
+
+
+def test_random_signs():
+    """All 2^6 patterns at d_e = 2, T = 3 are equally likely."""
+    E = lib.random_sign_encoding(default_rng(19), 2, 3, 33_333)
+    close(abs(E), np.full(E.shape, math.sqrt(0.5)), 1e-15)
+    uniform(E.reshape(-1, 6) > 0, 64)
+    u = lib.overlaps(default_rng(0), 2, 3000, 1, 200)  # one row a piece
+    assert u[:, 0] == pytest.approx(1.0)
+
+
+def test_init_fcn():
+    W1, b1, A, b2 = lib.init_fcn(default_rng(16), m=60, T=30, d=4)
+    assert b1.tolist() == 60 * [0]
+    assert b2.tolist() == 4 * [0]
+    within_errors(W1.ravel(), 0.0)
+    within_errors(W1.ravel()**2, 2 / 150)
+    within_errors(A.ravel()**2, 1 / 60)
+
+
+# ---- the models and the dual query; content stays out (A) ----
 
 @parametrize("seed", range(10))
-def test_outputs_again(seed):
+@parametrize("case, forward, model", [
+    (attention_case, run_all.attention_forward, lib.transformer),
+    (network_case, run_all.fcn_forward, lib.fcn),
+])
+def test_outputs_again(case, forward, model, seed):
     """(A1)-(A3), (F1): both models give what the forward passes written again give."""
-    _, _, (V, W), (Z, z_query, target) = attention_case(default_rng(seed))
-    f = run_all.attention_forward(V, W, Z, z_query, target)["f"]
-    close(lib.transformer(V, W, Z, z_query), f, 1e-12, 1 + abs(f).max())
-
-    _, _, network, (inputs, target) = network_case(default_rng(seed))
-    f = run_all.fcn_forward(*network, inputs, target)["f"]
-    close(lib.fcn(*network, inputs), f, 1e-12, 1 + abs(f).max())
+    _, _, params, (*inputs, target) = case(default_rng(seed))
+    f = forward(*params, *inputs, target)["f"]
+    close(model(*params, *inputs), f, 1e-12, 1 + abs(f).max())
 
 
 def test_relu_has_derivative_0_at_0():
     network = np.ones((1, 1)), np.zeros(1), np.ones((1, 1)), np.zeros(1)
     _, *grads = ag.fcn_loss_and_grads(*network, [[0.0]], [[1.0]])
     assert [grad.item() for grad in grads] == [0, 0, 0, -1]
+
+
+SETS = [  # E, selected
+    (lib.random_sign_encoding(default_rng(8), 3, 7, 35), lib.all_subsets(7, 3)),
+    (lib.random_sign_encoding(default_rng(8), 4, 9), lib.all_subsets(9, 4)),
+    (np.zeros((2, 3)), lib.all_subsets(3, 1)),
+    (1e-150 * np.eye(3), lib.all_subsets(3, 2)),
+    (np.array([[1.0, 1.0], [0.0, 1e-5]]), np.ones((1, 2))),
+]
+
+
+@parametrize("E, selected", SETS)
+def test_dual_query(E, selected):
+    """Sample by sample the solution of <e_i, e_y> = 1 on y, in least squares, of least norm."""
+    got = lib.dual_query(E, selected)
+    for b, y in enumerate(selected > 0):
+        E_y = E[:, y] if E.ndim == 2 else E[b][:, y]
+        want, *_ = np.linalg.lstsq(E_y.T, np.ones(y.sum()), rcond=1e-12)
+        close(got[b], want, 1e-10, 1 / (abs(E_y).max() or 1.0))
 
 
 def full_model(V, W, E, X, selected, query="sum"):
@@ -349,6 +429,218 @@ def test_skewed_tokens(T, q, d):
     close(grad_W[:d, d:], np.full((d, T), 0.7 * 1.5 * q / T * pull), 1e-13)
 
 
+def curvature(gradient, size):
+    """The largest eigenvalue of the Hessian at 0, from differences of the gradient."""
+    ways = 1e-5 * np.eye(size)
+    hessian = np.array([gradient(way) - gradient(-way) for way in ways]) / 2e-5
+    return np.linalg.eigvalsh((hessian + hessian.T) / 2).max()
+
+
+@parametrize("T, q, d", [(3, 2, 1), (4, 3, 1), (2, 2, 2)])
+def test_largest_stable_eta(T, q, d):
+    """(A11): the curvature in V_2 and W_12, over tokens with five moments of the normal."""
+    root = math.sqrt(3)
+    batch = all_tokens([-root, 0, 0, 0, 0, root], d, T, q)
+    data = run_all.on_samples(np.eye(T), *batch)
+    V, W = lib.in_full_model(np.eye(d), 14 * centre(T))
+
+    def gradient(x):
+        V[:, d:], W[:d, d:] = x.reshape(2, d, T)
+        _, grad_V, grad_W = ag.attention_loss_and_grads(V, W, *data)
+        return np.hstack([grad_V[:, d:].ravel(), grad_W[:d, d:].ravel()])
+
+    largest = curvature(gradient, 2 * d * T)
+    close(lib.largest_stable_eta(T, q, d), 2 / largest, 1e-4)
+
+
+@parametrize("T, q, d", [(8, 2, 4), (12, 1, 5)])
+def test_noise_of_online_descent(T, q, d, B=20_000):
+    """(A12): tr Cov(grad)/(2L) is q + d where attention is .999; the mean is nothing beside it."""
+    batch = lib.sample_batch(default_rng(31), B, T, q, d)
+    Z, z_query, target = run_all.on_samples(np.eye(T), *batch)
+    omega = math.log(999 * (T - q) / q)
+    model = lib.in_full_model(np.eye(d) / 0.999, omega * centre(T))
+    lines = ag.attention_lines(*model, Z, z_query, target)
+
+    def squares(vectors):
+        return (vectors**2).sum(axis=1)
+
+    Za = np.einsum("bit,bt->bi", Z, lines["a"])
+    Z_grad_s = np.einsum("bit,bt->bi", Z, lines["grad_s"])
+    noise = squares(lines["r"]) * squares(Za) + squares(Z_grad_s) * squares(z_query)
+    ratio = noise / squares(lines["r"]).mean()
+    within_errors(ratio / lib.online_excess(q, d, eta=6.0, B=3), 1.0, rounding=0.015)
+
+
+def test_online_excess(T=8, q=2, d=4, eta=0.2, B=64, start=4000, steps=1600):
+    """(A12): from a late start, the loss of the full model over that of the scalars, 20 %."""
+    rng = default_rng(34)
+    losses = []
+    V = None
+    for t, (alpha, omega), _ in lib.one_hot_recursion(T, q, d, eta, start + steps):
+        if t < start:
+            continue
+        on_the_line = lib.in_full_model(alpha * np.eye(d), omega * centre(T))
+        if V is None:
+            V, W = on_the_line
+
+        data = run_all.on_samples(np.eye(T), *lib.sample_batch(rng, B, T, q, d))
+        law, _, _ = ag.attention_loss_and_grads(*on_the_line, *data)
+        loss, grad_V, grad_W = ag.attention_loss_and_grads(V, W, *data)
+        losses.append((loss, law))
+        V = V - eta * grad_V
+        W = W - eta * grad_W
+
+    blocks = np.reshape(losses[201:], (14, -1, 2)).mean(axis=1)
+    found = blocks[:, 0] / blocks[:, 1] - 1
+    error = found.std(ddof=1) / math.sqrt(14)
+    excess = lib.online_excess(q, d, eta, B)
+    assert abs(found.mean() - excess) <= 0.2 * excess + 4 * error < 0.8 * excess
+
+
+# ---- one-hot encodings (O): the law (C), heads (H) ----
+
+@parametrize("omega, T, q", [(40.0, 8, 3), (300.0, 9, 1)])
+def test_one_hot_digits(omega, T, q, d=5):
+    """(O2)-(O4), (L1) sharp and at alpha = 1, to the last digits: the first term in e^-omega."""
+    u = math.exp(-omega)
+    loss = d * T * (T - q) * u**2 / (2 * q**3)
+    exact = loss, -(T - q) * u / q**2, -2 * loss / (T - 1)
+
+    got = ag.one_hot_loss_and_grads(1.0, omega, T, q, d)
+    assert got == pytest.approx(exact, rel=1e-13, abs=0.0)
+    carried = lib.length_loss(1.0, omega, T, q, d, 0.0)
+    assert carried == pytest.approx(loss, rel=1e-13, abs=0.0)
+
+
+@parametrize("T, q, d", [(5, 4, 6), (5, 1, 2), (6, 5, 20), (2, 2, 9)])
+def test_largest_stable_eta_of_the_blocks(T, q, d):
+    """(O5): 2 over the largest late curvature in V_1 and W_22."""
+    population = run_all.on_population(np.eye(T), lib.all_subsets(T, q))
+
+    def gradient(x):
+        V = np.eye(d) + x[:d * d].reshape(d, d)
+        W = 14 * centre(T) + x[d * d:].reshape(T, T)
+        _, grad_V, grad_W = ag.population_loss_and_grads(V, W, *population)
+        return np.hstack([grad_V.ravel(), grad_W.ravel()])
+
+    largest = curvature(gradient, d * d + T * T)
+    close(lib.largest_stable_eta(T, q, d, full=False), 2 / largest, 1e-4)
+
+
+@parametrize("T, q, d, d_e, share, steps", [(3, 2, 1, 3, 0.9, 7000), (8, 3, 12, 10, 0.99, 2500)])
+def test_long_run(T, q, d, d_e, share, steps):
+    """Below the stable eta an orthonormal set stays on the line (O1) of the scalars."""
+    E, _ = np.linalg.qr(default_rng(29).standard_normal((d_e, T)))
+    eta = share * lib.largest_stable_eta(T, q, d, full=False)
+    assert run_all.off_the_line(E, q, d, eta, steps) <= 1e-10
+
+
+def best_loss(omega, T, q, d):
+    """The loss at the best alpha: |a|^2 |s|^2 - <a, s>^2 as Lagrange's sum of squared minors."""
+    on = 1 / (q + (T - q) * np.exp(-omega))
+    off = np.exp(-omega) * on
+    size = q * on**2 + (T - q) * off**2
+    return d / (2 * q) * (T - q) * off**2 / size
+
+
+def time_to(omega, T, q, d, eta, stiffness, heads=1):
+    """When (stiffness + d alpha*'^2/heads) domega/dt = -eta dL*/domega reaches omega.
+
+    From t = T/(eta heads), by Gauss-Legendre on short panels, derivatives by complex steps.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(30)
+    edges = np.linspace(0, omega, 2 + int(4 * omega))
+    half = np.diff(edges)[:, None] / 2
+    x = edges[:-1, None] + half * (1 + nodes) + 1e-30j
+
+    on = 1 / (q + (T - q) * np.exp(-x))
+    off = 1 / (q * np.exp(x) + T - q)
+    best_alpha = on / (q * on**2 + (T - q) * off**2)
+    lag = d * (np.imag(best_alpha) / 1e-30)**2 / heads
+    slope = np.imag(best_loss(x, T, q, d)) / 1e-30
+    steps = -(stiffness + lag) / (eta * slope)
+    return T / (eta * heads) + (steps * weights * half).sum()
+
+
+LAWS = [  # T, q, d, eta
+    (2, 1, 1, 1.0), (4, 3, 2, 0.5), (64, 4, 300, 1.0),
+    (10**6, 999_999, 3, 1.0), (10**9, 3, 7, 0.25)]
+
+
+@parametrize("d_e, heads", [(None, 1), (40, 1), (None, 3)])
+@parametrize("T, q, d, eta", LAWS)
+def test_one_hot_closed_form(T, q, d, eta, d_e, heads):
+    """(C1, C3) against (C2) integrated numerically, also with the stiffness of (G1) and of (H)."""
+    omegas = np.array([0.01, 0.5, 2.0, 7.0, 13.0, 25.0])
+    stiffness = heads * (T - 1) if d_e is None else T * d_e / (T + d_e)
+    times = [time_to(omega, T, q, d, eta, stiffness, heads) for omega in omegas]
+    law = lib.one_hot_loss_at(times, T, q, d, eta, d_e, heads)
+    close(law / best_loss(omegas, T, q, d), np.ones(6), 1e-11 + T * EPS)
+
+
+@parametrize("T, q, d, eta", LAWS)
+def test_one_hot_closed_form_at_its_ends(T, q, d, eta):
+    """The start, and (C4) at t = 10^24, given as an integer too."""
+    start = lib.one_hot_loss_at(0, T, q, d, eta)
+    assert start == pytest.approx(d / 2 * (1 / q - 1 / T), rel=1e-9)
+
+    others = (T**2 + 120 * q * T) * (T - 1) / (T - q)  # in (C3), next to (C4)
+    for t in (1e24, 10**24):
+        late = lib.one_hot_loss_at(t, T, q, d, eta) * 4 * eta * t / (T - 1)
+        close(late, 1, others / (2 * eta * d * t) + 1e-9)
+
+
+def test_one_hot_recursion(T=32, q=4, d=3, eta=2.0, steps=60):
+    """(O3, O4) and (S2, S3), without spread and at d_e = T - 1, are the same descent."""
+    times = range(steps + 1)
+    u = lib.first_subset(1, T, q)
+    descent = run_all.two_scalars(lambda: u, q, d, T - 1, eta, steps)
+    _, params, loss = run_all.record(descent, times)
+    close(run_all.scalar_descent(times, T, q, d, eta), [*np.transpose(params), loss], 1e-12)
+
+
+@parametrize("T, q, d, eta", [(9, 4, 1, 1.0), (64, 3, 500, 0.1), (1000, 7, 2, 3.0)])
+def test_escape_time(T, q, d, eta):
+    half = math.log((T - q) / q)
+    want = time_to(half, T, q, d, eta, stiffness=T - 1)
+    close(lib.escape_time(T, q, d, eta), want, 1e-12)
+
+
+def test_heads_are_one_head(H=3, eta=0.2, T=5, q=2, d=2):
+    """(H): equal heads from zero, online, are one head: V moved by H eta, W by eta/H."""
+    rng = default_rng(30)
+    V = V_h = np.zeros((d, d + T))
+    W = W_h = np.zeros((d + T, d + T))
+    for _ in range(100):
+        batch = lib.sample_batch(rng, 16, T, q, d)
+        Z, z_query, target = run_all.on_samples(np.eye(T), *batch)
+        others = (H - 1) * lib.transformer(V_h, W_h, Z, z_query)
+        _, grad_V, grad_W = ag.attention_loss_and_grads(V_h, W_h, Z, z_query, target - others)
+        V_h = V_h - eta * grad_V
+        W_h = W_h - eta * grad_W
+
+        _, grad_V, grad_W = ag.attention_loss_and_grads(V, W, Z, z_query, target)
+        V = V - H * eta * grad_V
+        W = W - eta / H * grad_W
+    close(H * V_h, V, 1e-13)
+    close(W_h, W, 1e-13)
+
+
+@parametrize("H", [1, 3])
+def test_heads_follow_the_law(H, T=16, q=3, d=2, eta=0.5):
+    """(H): the loss of H heads is within 3 % of its law, late."""
+
+    def heads(alpha, omega):
+        loss, grad_alpha, grad_omega = ag.one_hot_loss_and_grads(alpha, omega, T, q, d)
+        return loss, H * grad_alpha, grad_omega / H
+
+    t, _, loss = run_all.final(lib.gradient_descent((0.0, 0.0), heads, eta, 6000))
+    close(lib.one_hot_loss_at(t, T, q, d, eta, heads=H), loss, 0.03)
+
+
+# ---- stochastic encodings (S), longer sequences (L) ----
+
 @pytest.fixture(scope="module")
 def signs():
     """All 2^6 sets of random signs at d_e = 2, T = 3."""
@@ -377,18 +669,6 @@ def test_stochastic_line(signs, q, query):
 
 
 @parametrize("query", lib.QUERIES)
-@parametrize("seed", range(3))
-def test_one_sequence_over_all_signs(signs, seed, query):
-    """(N1): whatever the sequence, grad_W is a multiple of I, V_2 and W_12 stay 0."""
-    V, X = normals(default_rng(seed), (2, 2), (2, 3))
-    selected = lib.first_subset(64, 3, 2)
-    X = np.tile(X, (64, 1, 1))
-    _, grad_V, grad_W = full_model(V, 1.7 * np.eye(2), signs, X, selected, query)
-    close(grad_V[:, 2:], np.zeros((2, 2)), 1e-14)
-    close(grad_W, grad_W[2, 2] * np.diag([0, 0, 1, 1]), 1e-14, 1 + abs(grad_W).max())
-
-
-@parametrize("query", lib.QUERIES)
 @parametrize("q", [1, 2, 3])
 def test_overlaps(signs, q, query):
     """Means and products of sampled overlaps are those over all signs."""
@@ -400,31 +680,6 @@ def test_overlaps(signs, q, query):
     _, u = on_signs(signs, q, query)
     drawn = lib.overlaps(default_rng(7), 20_000, 3, q, 2, query)
     within_errors(products(drawn), products(u).mean(axis=0))
-
-
-SETS = [  # E, selected
-    (lib.random_sign_encoding(default_rng(8), 16, 7, 35), lib.all_subsets(7, 3)),
-    (lib.random_sign_encoding(default_rng(8), 3, 7, 35), lib.all_subsets(7, 3)),
-    (lib.random_sign_encoding(default_rng(8), 4, 9), lib.all_subsets(9, 4)),
-    (np.array([[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]]), lib.all_subsets(4, 2)),
-    (np.zeros((2, 3)), lib.all_subsets(3, 1)),
-    (1e-150 * np.eye(3), lib.all_subsets(3, 2)),
-    (np.array([[1.0, -1.0], [0.0, 1e-3]]), np.ones((1, 2))),
-    (np.array([[1.0, 1.0], [0.0, 1e-5]]), np.ones((1, 2))),
-]
-
-
-@parametrize("E, selected", SETS)
-def test_dual_query(E, selected):
-    """Sample by sample the solution of <e_i, e_y> = 1 on y, in least squares, of least norm."""
-    got = lib.dual_query(E, selected)
-    for b, y in enumerate(selected > 0):
-        E_y = E[:, y] if E.ndim == 2 else E[b][:, y]
-        want, *_ = np.linalg.lstsq(E_y.T, np.ones(y.sum()), rcond=1e-12)
-        close(got[b], want, 1e-10, 1 / (abs(E_y).max() or 1.0))
-
-
-# ---- stochastic encodings: closed forms (S, L) --------------------------------------------------
 
 
 @parametrize("q, d_e, most", [(1, 16, 1.0), (3, 64, 1.002), (4, 128, 1.002)])
@@ -445,11 +700,7 @@ def test_overlap_variance_of_sums(signs, q):
 
 
 @parametrize("c", [0.0, 0.5, 3.0])
-@parametrize("d, T, q, d_e, query", [
-    (3, 6, 2, 8, "dual"),
-    (1, 5, 4, 3, "sum"),
-    (1, 2, 1, 1, "sum"),
-])
+@parametrize("d, T, q, d_e, query", [(3, 6, 2, 8, "dual"), (1, 5, 4, 3, "sum")])
 def test_overlap_loss(d, T, q, d_e, query, c):
     """(S4) is the loss at the alpha where the gradient, linear in alpha, is 0."""
     u = lib.overlaps(default_rng(10), 200, T, q, d_e, query)
@@ -458,19 +709,6 @@ def test_overlap_loss(d, T, q, d_e, query, c):
     alpha = at_0 / (at_0 - at_1)
     best, _, _ = ag.stochastic_loss_and_grads(alpha, c, u, q, d, d_e)
     close(lib.overlap_loss(c, u, q, d), best, 1e-9)
-
-
-@parametrize("longer", [1, 2])
-@parametrize("T, q, d_e, c", [(32, 3, 128, 5.0), (64, 1, 64, 4.0)])
-def test_length_loss_sampled(T, q, d_e, c, longer):
-    """(L1) over the loss at T and 2T on draws, within 4 % and the sampling error."""
-    u = lib.overlaps(default_rng(11), 4000, longer * T, q, d_e)
-    losses = []
-    for rows in np.split(u, 16):
-        loss, _, _ = ag.stochastic_loss_and_grads(1.1, c, rows, q, 4, d_e)
-        losses.append(loss)
-    law = lib.length_loss(1.1, c, longer * T, q, 4, lib.overlap_variance(q, d_e))
-    within_errors(losses / law, 1.0, rounding=0.02)
 
 
 def test_stochastic_loss_for_normal_overlaps():
@@ -546,34 +784,44 @@ def test_trajectory_to_its_end():
         lib.stochastic_trajectory([0.1 * last, 1.02 * last], 32, 3, 4, 64, 2.0)
 
 
-def least_loss(rng, B, T, q, d_e, grid):
-    """The least L/L_0 over c on draws, and its c."""
-    u = lib.overlaps(rng, B, T, q, d_e)
-    return min((lib.overlap_loss(c, u, q, 2 * q), c) for c in grid)
+@parametrize("T, q, d", [(64, 1, 4), (128, 3, 6)])
+def test_best_dimension(T, q, d, t=10**6, eta=1.0):
+    """(S7): the least loss of (S6) over d_e, 12 %, and where it is, 6 %."""
+    best, least = lib.best_dimension(t, T, q, d, eta)
+    losses = {}
+    for d_e in range(int(0.75 * best), int(1.5 * best)):
+        _, _, losses[d_e] = lib.stochastic_trajectory(t, T, q, d, d_e, eta)
+    close(least, min(losses.values()), 0.12)
+    close(best, min(losses, key=losses.get), 0.06)
 
 
-@parametrize("T, q, d_e, place, low, high", [
-    (32, 3, 24, 0.95, 0.2, 1.0),
-    (32, 16, 96, 0.55, 1.1, 1.5),  # there it is no bound
-])
-def test_floor_of_the_dual_query(T, q, d_e, place, low, high):
-    """(S8) against the least loss on draws, and the place c sigma^2 of that."""
-    grid = np.linspace(0.5, 12, 47)
-    loss, c = least_loss(default_rng(13), 2000, T, q, d_e, grid)
-    assert abs(c * lib.overlap_variance(q, d_e) - place) < 0.1
-    assert low <= loss / lib.stochastic_floor(T, q, 2 * q, d_e) <= high
+@parametrize("t, q", [(1e6, 1), (1e9, 3)])
+def test_best_dimension_is_the_best_of_each(t, q, T=64, d=4, eta=0.5):
+    """The least root L over d_e of L (1 - (2q/d_e) ln(L_1/(e L))) = d_e/(4 eta t), regime (i)."""
+    best, loss = lib.best_dimension(t, T, q, d, eta)
+    L_1 = d * (T - q) * (q + 1) / (2 * q**3)
+    L = loss * np.geomspace(0.9, 1.1, 100_001)
+    roots = []
+    for d_e in best * np.array([0.99, 1.0, 1.01]):
+        slowed = 1 - 2 * q / d_e * np.log(L_1 / (math.e * L))
+        roots.append(L[np.argmax(L * slowed > d_e / (4 * eta * t))])
+    close(roots[1], loss, 1e-5)
+    assert roots[1] == min(roots)
 
 
-def test_floor_of_the_dual_query_falls_exponentially():
-    """(S8): sqrt(d_e) times the least loss falls like e^{-d_e/(2q)}, nearly, and not faster."""
+def test_floor_of_the_dual_query(T=16, q=3):
+    """(S8): the least loss on draws is .2 to 1 of it; sqrt(d_e) times that falls no faster."""
     d_e = np.array([16, 22, 28, 34])
     ratios = []
     for size in d_e:
-        grid = np.linspace(0.6, 1.1, 6) * size / 3
-        loss, _ = least_loss(default_rng(14), 60_000, 16, 3, size, grid)
-        ratios.append(loss / lib.stochastic_floor(16, 3, 6, size))
+        u = lib.overlaps(default_rng(14), 60_000, T, q, size)
+        grid = np.linspace(0.6, 1.1, 6) * size / q
+        least = min(lib.overlap_loss(c, u, q, 2 * q) for c in grid)
+        ratios.append(least / lib.stochastic_floor(T, q, 2 * q, size))
+    assert 0.2 < min(ratios) and max(ratios) < 1
+
     slope, _ = np.polyfit(d_e, np.log(ratios * np.sqrt(d_e)), 1)
-    assert 0 < 2 * 3 * slope < 0.14
+    assert 0 < 2 * q * slope < 0.14
 
 
 @parametrize("T, q, d_e", [(32, 3, 128), (16, 4, 256)])
@@ -590,8 +838,8 @@ def test_floor_of_the_sum_query(T, q, d_e):
 
 
 @parametrize("T, q, eps", [
-    (10**9, 3, 0.5), (1024, 3, 0.01), (10**9, 7, 1e-9), (32, 31, 0.5),
-    (2, 1, 0.9), (1024, 2, 0.01), (10**9, 1, 1e-9), (32, 2, 5e-324),
+    (10**9, 3, 0.5), (10**9, 7, 1e-9), (32, 31, 0.5),
+    (2, 1, 0.9), (1024, 2, 0.01), (32, 2, 5e-324),
 ])
 def test_required_dimension(T, q, eps):
     """The least integer whose floor is at most eps L_0, where the floor is not cut at L_0."""
@@ -604,8 +852,6 @@ def test_required_dimension(T, q, eps):
 
 def test_floor_is_at_most_L_0():
     assert lib.stochastic_floor(100, 3, 6, 1) == 1.0
-    assert lib.stochastic_floor(100, 3, 6, 1, "sum") < 1.0
-    assert lib.stochastic_floor(10**9, 1, 2, 1) == pytest.approx(1 - 2e-9, abs=1e-8)
 
 
 @parametrize("query", lib.QUERIES)
@@ -620,7 +866,7 @@ def test_exact_floor(T, q, d_e, query):
     close(floor, lib.overlap_loss(1e5, u, q, 3), 1e-12)
 
 
-@parametrize("T, q, d_e", [(100, 1, 3), (40, 1, 60), (28, 2, 14), (60, 2, 5)])
+@parametrize("T, q, d_e", [(40, 1, 60), (28, 2, 14), (60, 2, 5)])
 def test_exact_floor_as_a_sum(T, q, d_e):
     """(S10): E[k/(q+k)] over the number k of ties and, at q = 2, over the A equal signs on y."""
     want = 0.0
@@ -633,296 +879,29 @@ def test_exact_floor_as_a_sum(T, q, d_e):
     close(lib.stochastic_floor(T, q, 2 * q, d_e), want, 1e-13)
 
 
-# ---- the one-hot law (C), heads (H), step sizes (O5, A11), batches (A12) ------------------------
+@parametrize("fresh", [False, True])
+def test_fresh_encodings_of_each_sample(fresh):
+    """From zero one set for the whole batch moves V_2 by a matrix of rank 1, fresh sets do not."""
+    E = lib.random_sign_encoding(default_rng(3), 12, 6)
+    descent = run_all.online(default_rng(4), E, 2, 4, 1.0, 8, 1, "dual", fresh)
+    _, (V, _), _ = run_all.final(descent)
+    first, second, *_ = np.linalg.svd(V[:, 4:], compute_uv=False)
+    assert (second > 0.05 * first) == fresh
 
 
-def best_loss(omega, T, q, d):
-    """The loss at the best alpha: |a|^2 |s|^2 - <a, s>^2 as Lagrange's sum of squared minors."""
-    on = 1 / (q + (T - q) * np.exp(-omega))
-    off = np.exp(-omega) * on
-    size = q * on**2 + (T - q) * off**2
-    return d / (2 * q) * (T - q) * off**2 / size
-
-
-def time_to(omega, T, q, d, eta, stiffness, heads=1):
-    """When (stiffness + d alpha*'^2/heads) domega/dt = -eta dL*/domega reaches omega.
-
-    From t = T/(eta heads), by Gauss-Legendre on short panels, derivatives by complex steps.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(30)
-    edges = np.linspace(0, omega, 2 + int(4 * omega))
-    half = np.diff(edges)[:, None] / 2
-    x = edges[:-1, None] + half * (1 + nodes) + 1e-30j
-
-    on = 1 / (q + (T - q) * np.exp(-x))
-    off = 1 / (q * np.exp(x) + T - q)
-    best_alpha = on / (q * on**2 + (T - q) * off**2)
-    lag = d * (np.imag(best_alpha) / 1e-30)**2 / heads
-    slope = np.imag(best_loss(x, T, q, d)) / 1e-30
-    steps = -(stiffness + lag) / (eta * slope)
-    return T / (eta * heads) + (steps * weights * half).sum()
-
-
-LAWS = [  # T, q, d, eta
-    (2, 1, 1, 1.0), (4, 3, 2, 0.5), (64, 4, 300, 1.0),
-    (10**6, 999_999, 3, 1.0), (10**9, 3, 7, 0.25)]
-
-
-@parametrize("d_e, heads", [(None, 1), (40, 1), (None, 3)])
-@parametrize("T, q, d, eta", LAWS)
-def test_one_hot_closed_form(T, q, d, eta, d_e, heads):
-    """(C1, C3) against (C2) integrated numerically, also with the stiffness of (G1) and of (H)."""
-    omegas = np.array([0.01, 0.5, 2.0, 7.0, 13.0, 25.0])
-    stiffness = heads * (T - 1) if d_e is None else T * d_e / (T + d_e)
-    times = [time_to(omega, T, q, d, eta, stiffness, heads) for omega in omegas]
-    law = lib.one_hot_loss_at(times, T, q, d, eta, d_e, heads)
-    close(law / best_loss(omegas, T, q, d), np.ones(6), 1e-11 + T * EPS)
-
-
-@parametrize("T, q, d, eta", LAWS)
-def test_one_hot_closed_form_at_its_ends(T, q, d, eta):
-    """The start, and (C4) at t = 10^24, given as an integer too."""
-    start = lib.one_hot_loss_at(0, T, q, d, eta)
-    assert start == pytest.approx(d / 2 * (1 / q - 1 / T), rel=1e-9)
-
-    others = (T**2 + 120 * q * T) * (T - 1) / (T - q)  # in (C3), next to (C4)
-    for t in (1e24, 10**24):
-        late = lib.one_hot_loss_at(t, T, q, d, eta) * 4 * eta * t / (T - 1)
-        close(late, 1, others / (2 * eta * d * t) + 1e-9)
-
-
-@parametrize("alpha, omega, T, q", [
-    (0.7, 3.0, 8, 3), (1.0, 40.0, 8, 3), (1.0, -800.0, 8, 3),
-    (1e150, -701.0, 8, 3), (1.0, 300.0, 9, 1), (3.0, 1.0, 4, 4)])
-def test_one_hot_digits(alpha, omega, T, q, d=5):
-    """(O2)-(O4) and, without spread, (L1) to the last digits: differences in 600 decimals."""
-    number = decimal.Decimal
-    h = number("1e-150")
-
-    def loss(alpha, omega):
-        on = 1 / (q + (T - q) * (-omega).exp())
-        off = on * (-omega).exp()
-        miss = 1 / number(q) - alpha * on
-        return d * (q * miss**2 + (T - q) * (alpha * off)**2) / 2
-
-    with decimal.localcontext() as context:
-        context.prec = 600
-        a = number(alpha)
-        w = number(omega)
-        by_alpha = (loss(a + h, w) - loss(a - h, w)) / (2 * h)
-        by_omega = (loss(a, w + h) - loss(a, w - h)) / (2 * h)
-        exact = loss(a, w), by_alpha / d, by_omega / (T - 1)
-    wanted = [float(x) for x in exact]
-
-    got = ag.one_hot_loss_and_grads(alpha, omega, T, q, d)
-    assert got == pytest.approx(wanted, rel=1e-13, abs=1e-300)
-    if omega >= 0 and q < T:
-        carried = lib.length_loss(alpha, omega, T, q, d, 0.0)
-        assert carried == pytest.approx(wanted[0], rel=1e-13, abs=0.0)
-
-
-def test_one_hot_recursion():
-    """It is the plain loop of (O3, O4); at q = T 1 - alpha decays by 1 - eta/q a step."""
-    alpha = omega = 0.0
-    for t, params, loss in lib.one_hot_recursion(32, 4, 4, 2.0, 60):
-        law, grad_alpha, grad_omega = ag.one_hot_loss_and_grads(alpha, omega, 32, 4, 4)
-        close([*params, loss], [alpha, omega, law], 1e-14)
-        alpha -= 2.0 * grad_alpha
-        omega -= 2.0 * grad_omega
-    assert t == 60
-
-    alpha, _, _ = run_all.scalar_descent(range(61), 5, 5, 4, 2.0)
-    close(alpha, 1 - (1 - 2.0 / 5)**np.arange(61), 1e-12)
-
-
-@parametrize("T, d, eta, first, last", [
-    (256, 4, 2.0, 1 / 64, 1 / 3),
-    (128, 2, 4.0, 10, 10.5),
-])
-def test_recursion_meets_the_law(T, d, eta, first, last):
-    """(C3) within 1 % of (O3, O4), early and late: first and last are in escape times."""
-    escape = lib.escape_time(T, 4, d, eta)
-    start = max(4 * T / eta, first * escape)
-    times = np.arange(int(start), int(last * escape))
-    _, _, loss = run_all.scalar_descent(times, T, 4, d, eta)
-    law = lib.one_hot_loss_at(times, T, 4, d, eta)
-    close(loss / law, np.ones(len(times)), 0.01)
-
-
-@parametrize("T, q, d, eta", [(9, 4, 1, 1.0), (64, 3, 500, 0.1), (1000, 7, 2, 3.0)])
-def test_escape_time(T, q, d, eta):
-    half = math.log((T - q) / q)
-    want = time_to(half, T, q, d, eta, stiffness=T - 1)
-    close(lib.escape_time(T, q, d, eta), want, 1e-12)
-
-
-def test_heads_are_one_head(H=3, eta=0.2, T=5, q=2, d=2):
-    """(H): heads from zero, online, are one head: V moved by H eta, W by eta/H."""
-    rng = default_rng(30)
-    V = np.zeros((d, d + T))
-    W = np.zeros((d + T, d + T))
-    heads = [(V, W)] * H
-    for _ in range(100):
-        batch = lib.sample_batch(rng, 16, T, q, d)
-        Z, z_query, target = run_all.on_samples(np.eye(T), *batch)
-        outputs = [lib.transformer(*head, Z, z_query) for head in heads]
-        for h, (V_h, W_h) in enumerate(heads):
-            own = target - sum(outputs) + outputs[h]  # what the other heads leave
-            _, grad_V, grad_W = ag.attention_loss_and_grads(V_h, W_h, Z, z_query, own)
-            heads[h] = V_h - eta * grad_V, W_h - eta * grad_W
-
-        _, grad_V, grad_W = ag.attention_loss_and_grads(V, W, Z, z_query, target)
-        V = V - H * eta * grad_V
-        W = W - eta / H * grad_W
-    close(sum(V_h for V_h, _ in heads), V, 1e-13)
-    for _, W_h in heads:
-        close(W_h, W, 1e-13)
-
-
-@parametrize("H", [1, 2, 4])
-def test_heads_follow_the_law(H, T=16, q=3, d=2, eta=0.5):
-    """(H): the loss of H heads is within 3 % of its law, late."""
-
-    def heads(alpha, omega):
-        loss, grad_alpha, grad_omega = ag.one_hot_loss_and_grads(alpha, omega, T, q, d)
-        return loss, H * grad_alpha, grad_omega / H
-
-    t, _, loss = run_all.final(lib.gradient_descent((0.0, 0.0), heads, eta, 6000))
-    close(lib.one_hot_loss_at(t, T, q, d, eta, heads=H), loss, 0.03)
-
-
-def curvature(gradient, size):
-    """The largest eigenvalue of the Hessian at 0, from differences of the gradient."""
-    ways = 1e-5 * np.eye(size)
-    hessian = np.array([gradient(way) - gradient(-way) for way in ways]) / 2e-5
-    return np.linalg.eigvalsh((hessian + hessian.T) / 2).max()
-
-
-@parametrize("T, q, d", [(5, 4, 6), (5, 1, 2), (6, 5, 20), (2, 2, 9)])
-def test_largest_stable_eta_of_the_blocks(T, q, d):
-    """(O5): 2 over the largest late curvature in V_1 and W_22."""
-    population = run_all.on_population(np.eye(T), lib.all_subsets(T, q))
-
-    def gradient(x):
-        V = np.eye(d) + x[:d * d].reshape(d, d)
-        W = 14 * centre(T) + x[d * d:].reshape(T, T)
-        _, grad_V, grad_W = ag.population_loss_and_grads(V, W, *population)
-        return np.hstack([grad_V.ravel(), grad_W.ravel()])
-
-    largest = curvature(gradient, d * d + T * T)
-    close(lib.largest_stable_eta(T, q, d, full=False), 2 / largest, 1e-4)
-
-
-@parametrize("T, q, d", [(3, 2, 1), (4, 3, 1), (2, 2, 2)])
-def test_largest_stable_eta(T, q, d):
-    """(A11): the curvature in V_2 and W_12, over tokens with five moments of the normal."""
-    root = math.sqrt(3)
-    batch = all_tokens([-root, 0, 0, 0, 0, root], d, T, q)
-    data = run_all.on_samples(np.eye(T), *batch)
-    V, W = lib.in_full_model(np.eye(d), 14 * centre(T))
-
-    def gradient(x):
-        V[:, d:], W[:d, d:] = x.reshape(2, d, T)
-        _, grad_V, grad_W = ag.attention_loss_and_grads(V, W, *data)
-        return np.hstack([grad_V[:, d:].ravel(), grad_W[:d, d:].ravel()])
-
-    largest = curvature(gradient, 2 * d * T)
-    close(lib.largest_stable_eta(T, q, d), 2 / largest, 1e-4)
-
-
-@parametrize("T, q, d, d_e, share, steps", [(3, 2, 1, 3, 0.9, 20_000), (8, 3, 12, 10, 0.99, 2500)])
-def test_long_run(T, q, d, d_e, share, steps):
-    """Below the stable eta an orthonormal set stays on the line (O1) of the scalars."""
-    E, _ = np.linalg.qr(default_rng(29).standard_normal((d_e, T)))
-    eta = share * lib.largest_stable_eta(T, q, d, full=False)
-    assert run_all.off_the_line(E, q, d, eta, steps) <= 1e-10
-
-
-def on_the_line(alpha, omega, T, d):
-    """V and W of the full model with one-hot encodings."""
-    return lib.in_full_model(alpha * np.eye(d), omega * centre(T))
-
-
-@parametrize("T, q, d", [(8, 2, 4), (6, 3, 3), (12, 1, 5)])
-def test_noise_of_online_descent(T, q, d, B=20_000):
-    """(A12): tr Cov(grad)/(2L) is q + d where attention is .999; the mean is nothing beside it."""
-    batch = lib.sample_batch(default_rng(31), B, T, q, d)
-    Z, z_query, target = run_all.on_samples(np.eye(T), *batch)
-    model = on_the_line(1 / 0.999, math.log(999 * (T - q) / q), T, d)
-    lines = ag.attention_lines(*model, Z, z_query, target)
-
-    def squares(vectors):
-        return (vectors**2).sum(axis=1)
-
-    Za = np.einsum("bit,bt->bi", Z, lines["a"])
-    Z_grad_s = np.einsum("bit,bt->bi", Z, lines["grad_s"])
-    noise = squares(lines["r"]) * squares(Za) + squares(Z_grad_s) * squares(z_query)
-    ratio = noise / squares(lines["r"]).mean()
-    within_errors(ratio / lib.online_excess(q, d, eta=2.0, B=1), 1.0, rounding=0.015)
-
-
-def test_online_excess(T=8, q=2, d=4, eta=0.2, B=64, start=4000, steps=1500):
-    """(A12): from a late start the full model, online, exceeds the scalars on the same batches."""
-    rng = default_rng(34)
-    scalars = lib.one_hot_recursion(T, q, d, eta, start + steps)
-    path = [params for _, params, _ in scalars][start:]
-    V, W = on_the_line(*path[0], T, d)
+@parametrize("longer", [1, 2])
+def test_length_loss_sampled(longer, T=32, q=3, d=4, d_e=128, c=5.0):
+    """(L1) over the loss at T and 2T on draws, within 4 % and the sampling error."""
+    u = lib.overlaps(default_rng(11), 4000, longer * T, q, d_e)
     losses = []
-    for params in path:
-        batch = lib.sample_batch(rng, B, T, q, d)
-        data = run_all.on_samples(np.eye(T), *batch)
-        law, _, _ = ag.attention_loss_and_grads(*on_the_line(*params, T, d), *data)
-        loss, grad_V, grad_W = ag.attention_loss_and_grads(V, W, *data)
-        losses.append((loss, law))
-        V -= eta * grad_V
-        W -= eta * grad_W
-    loss, law = np.mean(losses[200:], axis=0)
-    excess = lib.online_excess(q, d, eta, B)
-    close(loss / law - 1, excess, 0.4)  # 20 %, and .07 of sampling error
+    for rows in np.split(u, 16):
+        loss, _, _ = ag.stochastic_loss_and_grads(1.1, c, rows, q, d, d_e)
+        losses.append(loss)
+    law = lib.length_loss(1.1, c, longer * T, q, d, lib.overlap_variance(q, d_e))
+    within_errors(losses / law, 1.0, rounding=0.02)
 
 
-# ---- where log t / t comes from (S7), how long (L2) ---------------------------------------------
-
-
-@parametrize("T, q, d", [(64, 1, 4), (64, 2, 4), (128, 3, 6)])
-def test_best_dimension(T, q, d, t=10**6, eta=1.0):
-    """(S7): the least loss of (S6) over d_e, 12 %, and where it is, 6 %."""
-    best, least = lib.best_dimension(t, T, q, d, eta)
-    losses = {}
-    for d_e in range(int(0.75 * best), int(1.5 * best)):
-        _, _, losses[d_e] = lib.stochastic_trajectory(t, T, q, d, d_e, eta)
-    close(least, min(losses.values()), 0.12)
-    close(best, min(losses, key=losses.get), 0.06)
-
-
-@parametrize("T, q, d, t, eta", [(64, 1, 4, 1e6, 1.0), (1000, 5, 3, 1e12, 0.5)])
-def test_best_dimension_is_the_best_of_each(T, q, d, t, eta):
-    """The least root L over d_e of L (1 - (2q/d_e) ln(L_1/(e L))) = d_e/(4 eta t), regime (i)."""
-    best, loss = lib.best_dimension(t, T, q, d, eta)
-    L_1 = d * (T - q) * (q + 1) / (2 * q**3)
-    L = loss * np.geomspace(0.9, 1.1, 100_001)
-    roots = []
-    for d_e in best * np.array([0.99, 1.0, 1.01]):
-        slowed = 1 - 2 * q / d_e * np.log(L_1 / (math.e * L))
-        roots.append(L[np.argmax(L * slowed > d_e / (4 * eta * t))])
-    close(roots[1], loss, 1e-5)
-    assert roots[1] == min(roots)
-
-
-def test_bounded_overlaps():
-    """(S7): with overlaps off y of at most 1/2 the loss is d_e/(4 eta (1 - 1/2)^2 t), 5 %."""
-    u = lib.overlaps(default_rng(32), 600, 4, 1, 8)
-    u = u[u[:, 1:].max(axis=1) <= 0.5]
-    descent = run_all.two_scalars(lambda: u, 1, 4, 8, 1.8, 10_000)
-    t, _, loss = run_all.final(descent)
-    close(loss * 4 * 1.8 * 0.5**2 * t / 8, 1.0, 0.05)
-
-
-@parametrize("T, q, d, d_e, t, eps", [
-    (32, 3, 4, 128, 1e5, 0.1),
-    (32, 3, 4, 128, 1e6, 0.1),
-    (16, 1, 2, 100, 1e6, 0.03),
-])
+@parametrize("T, q, d, d_e, t, eps", [(32, 3, 4, 128, 1e5, 0.1), (16, 1, 2, 100, 1e6, 0.03)])
 def test_longest_sequence(T, q, d, d_e, t, eps):
     """(L2) within 5 % of where (L1) passes eps L_0, at 8T or more."""
     sigma2 = lib.overlap_variance(q, d_e)
@@ -937,23 +916,55 @@ def test_longest_sequence(T, q, d, d_e, t, eps):
     close(lib.longest_sequence(float(c), T, q, eps, sigma2), reached, 0.05)
 
 
-@parametrize("c, eps, name", [
-    (6.0, 0.0, "eps"), (6.0, 1.0, "eps"), (13.0, 0.1, "c"), (3.0, 0.1, "c")])
-def test_longest_sequence_refuses(c, eps, name):
-    """eps outside (0, 1), c sigma^2 > .3, a model too early."""
-    with pytest.raises(ValueError, match=f"^{name}\\b"):
-        lib.longest_sequence(c, 32, 3, eps, 3 / 126)
+# ---- fully-connected networks (F) ----
+
+@parametrize("T, q, d", SIZES)
+def test_fcn_loss_floor(T, q, d):
+    """(F4, F6): the least eigenvalues of E s s^T/q^2 kron I."""
+    subsets = lib.all_subsets(T, q)
+    moment = np.kron(subsets.T @ subsets, np.eye(d)) / len(subsets) / q**2
+    values = np.linalg.eigvalsh(moment)
+    for m in range(T * d + 3):
+        least = values[:max(T * d - m, 0)].sum() / 2
+        floor = lib.fcn_loss_floor([m], T, q, d, fisher=2.0)
+        close(2 * floor, [least], 1e-12, d / (2 * q))
 
 
-@parametrize("t, q", [(1000, 2), (10**6, 64)])
-def test_best_dimension_refuses(t, q):
-    """A time so early that L > .01 L_0, and q = T."""
-    with pytest.raises(ValueError):
-        lib.best_dimension(t, 64, q, 4, 1.0)
+@parametrize("T, q, d", SIZES)
+def test_fcn_first_layer_floor(T, q, d):
+    """(F3, F6): the part of the target that W1 misses; its row space alone matters."""
+    size = T * d
+    subsets = lib.all_subsets(T, q)
+    targets = np.einsum("bt,kl->tlbk", subsets, np.eye(d)).reshape(size, -1) / q  # of vec(X)
+    small, large, left, right = normals(
+        default_rng(14), (3, size), (size + 2, size + T), (4, 2), (2, size))
+    for W1 in (small, large, left @ right, np.zeros((2, size))):
+        rows = W1[:, :size]
+        seen, *_ = np.linalg.lstsq(rows.T, targets, rcond=1e-10)
+        missed = ((targets - rows.T @ seen)**2).sum() / (2 * len(subsets))
+        floor = lib.fcn_first_layer_floor(W1, T, q, d, fisher=3.0)
+        close(3 * floor, missed, 1e-12, d / (2 * q))
+        assert missed >= lib.fcn_loss_floor(len(W1), T, q, d) - 1e-12 * d / q
 
 
-# ---- fixed encodings (G), finite samples (N), networks (F) --------------------------------------
+@parametrize("W1", [
+    [[1.0, 0.0], [1.0, 1e-8]],
+    [[1e30, 0.0], [0.0, 1e-30]],
+    [[1.0, 0.0, 1e30, 0.0], [0.0, 1.0, 0.0, 0.0]],
+])
+def test_rows_far_apart_in_size(W1):
+    assert lib.fcn_first_layer_floor(W1, T=2, q=1, d=1) == 0
 
+
+@parametrize("share", [0.0, 0.5, 1.0])
+def test_control_variate_of_the_test_loss(share):
+    """f = share * target has the loss (1 - share)^2 L_0: the predictor 0 takes all noise away."""
+    target = default_rng(33).standard_normal((50, 3))
+    loss, error = run_all.with_error(share * target, target, 2)
+    close([loss, error], [(1 - share)**2, 0.0], 1e-12, 1.0)
+
+
+# ---- fixed encodings: the widest margin (G) ----
 
 @parametrize("q, d, d_e", [(2, 3, 24), (1, 2, 9)])
 def test_span_of_fixed_encodings(q, d, d_e):
@@ -967,35 +978,148 @@ def test_span_of_fixed_encodings(q, d, d_e):
     assert 0.1 < run_all.cosine(W, np.eye(d_e)) <= math.sqrt(6 / d_e) + 1e-12
 
 
-@parametrize("q", [1, 2])
-def test_sequence_descent(q, S=2, n=3, T=4, d=3, d_e=6, steps=4):
-    """On several data sets at once it is, in each, the descent of V_1 and W_22 (A5, A8)."""
-    encodings = default_rng(27).choice([-1.0, 1.0], (steps + 1, S, d_e, T))
-    X, selected = lib.sample_batch(default_rng(28), S * n, T, q, d)
-    descent = run_all.sequence_descent(
-        default_rng(28), iter(encodings), S, n, T, q, d, d_e, 0.9, steps)
-    states = list(descent)
-    for k in range(S):
-        own = slice(k * n, k * n + n)
-        V = np.zeros((d, d))
-        W = np.zeros((d_e, d_e))
-        for E, (_, (all_V, all_W), losses) in zip(encodings, states):
-            loss, grad_V, grad_W = full_model(V, W, E[k], X[own], selected[own], "dual")
-            close(losses[k], loss, 1e-13)
-            close(all_V[k], V, 1e-13)
-            close(all_W[k], W, 1e-13)
-            V = V - 0.9 * grad_V[:, :d]
-            W = W - 0.9 * grad_W[d:, d:]
+def sphere(d_e, T):
+    """T encodings of length 1 in random directions."""
+    E = default_rng(d_e).standard_normal((d_e, T))
+    return E / np.linalg.norm(E, axis=0)
 
 
-@parametrize("fresh", [False, True])
-def test_fresh_encodings_of_each_sample(fresh):
-    """From zero one set for the whole batch moves V_2 by a matrix of rank 1, fresh sets do not."""
-    E = lib.random_sign_encoding(default_rng(3), 12, 6)
-    descent = run_all.online(default_rng(4), E, 2, 4, 1.0, 8, 1, "dual", fresh)
-    _, (V, _), _ = run_all.final(descent)
-    first, second, *_ = np.linalg.svd(V[:, 4:], compute_uv=False)
-    assert (second > 0.05 * first) == fresh
+def hadamard(d_e, T):
+    """Rows of Hadamard's matrix: at q = 2 and d_e < T most other sets have no W*."""
+    two = np.array([[1, 1], [1, -1]])
+    return np.kron(np.kron(two, two), two)[-d_e:, :T] / math.sqrt(d_e)
+
+
+def sinusoidal(d_e, T):
+    """The usual encodings of positions: neighbours differ little, and the set has a low rank."""
+    angle = np.arange(T) / 10_000**(np.arange(d_e // 2)[:, None] / (d_e // 2))
+    return np.concatenate([np.sin(angle), np.cos(angle)]) / math.sqrt(d_e // 2)
+
+
+def constraints(E, q, query):
+    """Matrices, flat, whose products with W must be at least 1, and those where they must be 0."""
+    apart = []
+    equal = [np.zeros(len(E)**2)]
+    for row in lib.all_subsets(E.shape[1], q):
+        e_y = lib.QUERIES[query](E, row[None])[0]
+        first, *others = E.T[row == 1]
+        apart += [np.outer(first - e, e_y).ravel() for e in E.T[row == 0]]
+        equal += [np.outer(first - e, e_y).ravel() for e in others]
+    return np.array(apart), np.array(equal)
+
+
+MARGINS = [
+    (sphere, 12, 20, 1, "dual"), (sphere, 7, 7, 1, "sum"), (sphere, 30, 6, 2, "dual"),
+    (sphere, 8, 7, 3, "sum"), (sphere, 40, 8, 7, "dual"), (hadamard, 5, 6, 2, "dual"),
+    (sinusoidal, 32, 32, 1, "dual")]
+
+
+@parametrize("draw, d_e, T, q, query", MARGINS)
+def test_widest_margin_is_shortest(draw, d_e, T, q, query):
+    """W is a sum of l times its tight margins, l >= 0, and of ties: every W' that meets the margins
+    has a product with it of at least the sum of l, so none is shorter."""
+    E = draw(d_e, T)
+    W = lib.widest_margin(E, q, query).ravel()
+    apart, equal = constraints(E, q, query)
+    assert (apart @ W).min() > 1 - 1e-9
+    close(equal @ W, np.zeros(len(equal)), 1e-9, np.linalg.norm(W))
+
+    tight = apart[apart @ W < 1 + 1e-8]
+    rows = np.concatenate([tight, equal])
+    least = np.where(np.arange(len(rows)) < len(tight), 0.0, -np.inf)
+    rate = np.linalg.norm(rows, 2)**-2
+    l = np.maximum(np.linalg.lstsq(rows.T, W, rcond=1e-13)[0], least)
+    old = l
+    for k in range(5_000):  # accelerated projected gradients, where l is not unique
+        ahead = l + k / (k + 3) * (l - old)
+        old = l
+        l = np.maximum(ahead + rate * rows @ (W - rows.T @ ahead), least)
+    lower = l[:len(tight)].sum() / np.linalg.norm(rows.T @ l)
+    assert np.linalg.norm(W) <= (1 + 1e-6) * lower
+
+
+def test_widest_margin_separates(d_e=32, T=48):
+    """A large set, of which neighbours differ little."""
+    E = sinusoidal(d_e, T)
+    apart, _ = constraints(E, 1, "dual")
+    assert (apart @ lib.widest_margin(E, 1).ravel()).min() > 1 - 1e-9
+
+
+@parametrize("d_e, T, q", [(6, 6, 1), (9, 6, 2), (7, 5, 3), (4, 4, 3)])
+def test_widest_margin_of_orthonormal_sets(d_e, T, q):
+    """(C4): W* = E (I - 11^T/T) E^T, and so the late loss (T - 1)/(4 eta t)."""
+    E = np.linalg.qr(default_rng(3).standard_normal((d_e, T)))[0]
+    W = lib.widest_margin(E, q)
+    close(W, E @ (np.eye(T) - 1 / T) @ E.T, 1e-9)
+    assert lib.fixed_set_loss_at(50.0, W, 0.5) == pytest.approx((T - 1) / (4 * 0.5 * 50))
+
+
+@parametrize("seed", range(20))
+def test_widest_margin_of_independent_sets(seed, d_e=16, T=8, q=3):
+    """(G3): for 3 <= q <= T - 2 it exists only if u_max < 1, and then it is known."""
+    E = lib.random_sign_encoding(default_rng(seed), d_e, T)
+    selected = lib.all_subsets(T, q)
+    u_max = (lib.dual_query(E, selected) @ E)[selected == 0].max()
+    dual = np.linalg.pinv(E, rcond=1e-12)
+    w = dual.sum(axis=0)
+    if u_max < 1 - 1e-9:
+        close(lib.widest_margin(E, q), (E @ dual - np.outer(w, w) / (w @ w)) / (1 - u_max), 1e-7)
+    else:
+        with pytest.raises(ValueError, match="E must be a set that some W separates"):
+            lib.widest_margin(E, q)
+
+
+@parametrize("query, power", [("dual", 0), ("sum", 2)])
+@parametrize("size", [1e-9, 1e9])
+def test_widest_margin_of_other_units(query, power, size):
+    """Encodings times a size: dual queries are divided by it, sum queries multiplied."""
+    E = sphere(9, 6)
+    close(lib.widest_margin(size * E, 2, query) * size**power, lib.widest_margin(E, 2, query), 1e-6)
+
+
+@parametrize("delta", [0.5, 1e-2, 2e-4, 1e-5])
+def test_widest_margin_of_a_pair(delta):
+    """Scores must differ by 1 both ways: W* = 2 g g^T/delta^4, g = e_1 - e_2. A separable set is
+    solved or said not to be reached, never said to have no W."""
+    angle = 2 * math.asin(delta / 2)
+    E = np.array([[1.0, math.cos(angle)], [0.0, math.sin(angle)]])
+    g = E[:, 0] - E[:, 1]
+    try:
+        W = lib.widest_margin(E, 1)
+    except ValueError as error:
+        assert delta < 1e-4 and "whose W* is reached" in str(error)
+    else:
+        close(W, 2 * np.outer(g, g) / delta**4, 1e-6)
+
+
+TWICE = sphere(12, 5)[:, [0, 1, 2, 3, 4, 1]]
+
+
+@parametrize("E, q", [
+    (TWICE, 1),
+    (TWICE, 3),
+    (TWICE * [1, 1, 1, 1, 1, -1], 2),
+    (lib.random_sign_encoding(default_rng(1), 2, 6), 1),
+    (np.zeros((3, 4)), 1),
+])
+def test_widest_margin_of_inseparable_sets(E, q):
+    """Equal encodings, opposite ones (their query is 0), too few numbers; and no warning."""
+    with pytest.raises(ValueError, match="E must be a set that some W separates"):
+        lib.widest_margin.__wrapped__(E, q)
+
+
+# ---- finite samples (N) ----
+
+@parametrize("query", lib.QUERIES)
+@parametrize("seed", range(3))
+def test_one_sequence_over_all_signs(signs, seed, query):
+    """(N1): whatever the sequence, grad_W is a multiple of I, V_2 and W_12 stay 0."""
+    V, X = normals(default_rng(seed), (2, 2), (2, 3))
+    selected = lib.first_subset(64, 3, 2)
+    X = np.tile(X, (64, 1, 1))
+    _, grad_V, grad_W = full_model(V, 1.7 * np.eye(2), signs, X, selected, query)
+    close(grad_V[:, 2:], np.zeros((2, 2)), 1e-14)
+    close(grad_W, grad_W[2, 2] * np.diag([0, 0, 1, 1]), 1e-14, 1 + abs(grad_W).max())
 
 
 def regression(X, target, a):
@@ -1006,7 +1130,7 @@ def regression(X, target, a):
     return np.linalg.solve(gram, Xa.T @ target).T
 
 
-@parametrize("n, T, q, c", [(40, 10, 2, 1.0), (60, 10, 2, 3.0), (80, 12, 3, 2.0)])
+@parametrize("n, T, q, c", [(40, 10, 2, 1.0), (60, 10, 2, 3.0)])
 def test_regression_losses(n, T, q, c, d=20, d_e=64, h=0.05):
     """(N2) at given c: losses and |dV/dc|^2 of the V that a linear solve finds for sequences."""
     points = c + np.array([-h, 0.0, h])
@@ -1040,211 +1164,102 @@ def test_regression_at_uniform_attention(n, d, T=5, q=2):
     train = ((Xa @ V_T - target)**2).sum(axis=(1, 2)) / (2 * n)
     size = (V_T**2).sum(axis=(1, 2))
     test = (size - 2 * np.trace(V_T, axis1=1, axis2=2)) / (2 * T) + d / (2 * q)
-
     for t in (0.0, 5.0):
         law = lib.finite_sample_loss(t, n, T, q, d, 40, 1.0)
         within_errors(np.transpose([train, test]), law, rounding=1e-5)
 
 
-@parametrize("n, T, q, d, d_e, eta", [
-    (36, 16, 2, 12, 40, 0.8),
-    (64, 12, 3, 16, 64, 1.0),
-])
-def test_finite_sample_loss(n, T, q, d, d_e, eta, steps=600, h=1e-3):
-    """(N2) against the midpoint rule in t."""
+def test_finite_sample_loss(n=36, T=16, q=2, d=12, d_e=40, eta=0.8, steps=600, h=1e-3):
+    """(N2) against small steps in t."""
     near = h * np.arange(-2, 3)
     sigma2 = lib.overlap_variance(q, d_e)
-
-    def speed(c):
-        train, _, moved = lib.regression_losses(c + near, n, T, q, d, sigma2)
-        slope = (train[3] - train[1]) / (2 * h)
-        return -eta * slope / (d_e + moved[2])
-
     c = 0.0
-    dt = (steps - T / eta) / 400
-    for _ in range(400):
-        c += dt * speed(c + dt * speed(c) / 2)
-    train, test, _ = lib.regression_losses(c + near, n, T, q, d, sigma2)
+    dt = (steps - T / eta) / 2000
+    for _ in range(2000):
+        train, test, moved = lib.regression_losses(c + near, n, T, q, d, sigma2)
+        slope = (train[3] - train[1]) / (2 * h)
+        c -= dt * eta * slope / (d_e + moved[2])
     law = lib.finite_sample_loss(steps, n, T, q, d, d_e, eta)
-    close(law, [train[2], test[2]], 1e-3)
+    close(law, [train[2], test[2]], 2e-3)
 
 
-@parametrize("T, q, d", SIZES)
-def test_fcn_loss_floor(T, q, d):
-    """(F4, F6): the least eigenvalues of E s s^T/q^2 kron I."""
-    subsets = lib.all_subsets(T, q)
-    moment = np.kron(subsets.T @ subsets, np.eye(d)) / len(subsets) / q**2
-    values = np.linalg.eigvalsh(moment)
-    for m in range(T * d + 3):
-        least = values[:max(T * d - m, 0)].sum() / 2
-        floor = lib.fcn_loss_floor([m], T, q, d, fisher=2.0)
-        close(2 * floor, [least], 1e-12, d / (2 * q))
+def test_finite_samples_by_descent(n=36, T=8, d=12, d_e=40, steps=600):
+    """(N2): descent on n sequences, encodings drawn at each step; 10 % and sampling error."""
+    rng = default_rng(35)
+
+    def gradients(V, W, E):
+        loss, grad_V, grad_W = full_model(V, W, E, *sequences, "dual")
+        return loss, grad_V[:, :d], grad_W[d:, d:]
+
+    def fresh(B=None):
+        return lib.random_sign_encoding(rng, d_e, T, B)
+
+    losses = []
+    for _ in range(4):
+        sequences = lib.sample_batch(rng, n, T, 2, d)
+        descent = run_all.train(gradients, lambda: [fresh()], (d, d), d_e, 0.8, steps)
+        _, model, _ = run_all.final(descent)
+        population = run_all.on_population(fresh(1000), lib.first_subset(1000, T, 2))
+        losses.append(ag.population_loss_and_grads(*model, *population)[0])
+    _, law = lib.finite_sample_loss(steps, n, T, 2, d, d_e, 0.8)
+    within_errors(losses / law, 1.0, rounding=0.05)
 
 
-@parametrize("T, q, d", SIZES)
-def test_fcn_first_layer_floor(T, q, d):
-    """(F3, F6): the part of the target that W1 misses; its row space alone matters."""
-    rng = default_rng(14)
-    size = T * d
-    top = d / (2 * q)
-    subsets = lib.all_subsets(T, q)
-    targets = np.einsum("bt,kl->tlbk", subsets, np.eye(d)).reshape(size, -1) / q  # of vec(X)
-    small, large, left, right = normals(
-        rng, (3, size), (size + 2, size + T), (4, 2), (2, size))
-    for W1 in (small, large, left @ right, np.zeros((2, size))):
-        rows = W1[:, :size]
-        seen, *_ = np.linalg.lstsq(rows.T, targets, rcond=1e-10)
-        missed = ((targets - rows.T @ seen)**2).sum() / (2 * len(subsets))
-        assert missed >= lib.fcn_loss_floor(len(W1), T, q, d) - 1e-12 * top
-
-        scales = 10.0**rng.integers(-30, 30, (len(W1), 1))
-        for matrix in (W1, W1 * scales):
-            floor = lib.fcn_first_layer_floor(matrix, T, q, d, fisher=3.0)
-            close(3 * floor, missed, 1e-12, top)
-
-
-@parametrize("W1", [
-    [[1.0, 0.0], [1.0, 1e-8]],
-    [[1.0, 0.0, 1e30, 0.0], [0.0, 1.0, 0.0, 0.0]],
-])
-def test_rows_far_apart_in_size(W1):
-    assert lib.fcn_first_layer_floor(W1, T=2, q=1, d=1) == 0
-
-
-@parametrize("share", [0.0, 0.5, 1.0])
-def test_control_variate_of_the_test_loss(share):
-    """f = share * target has the loss (1 - share)^2 L_0: the predictor 0 takes all noise away."""
-    target = default_rng(33).standard_normal((50, 3))
-    loss, error = run_all.with_error(share * target, target, 2)
-    close([loss, error], [(1 - share)**2, 0.0], 1e-12, 1.0)
-
-
-# ---- what is drawn ------------------------------------------------------------------------------
-
-
-FOURTH = {
-    "gaussian": 3.0, "rademacher": 1.0, "laplace": 6.0, "logistic": 4.2, "gumbel": 5.4,
-    "student_t": 3 + 6 / (lib.STUDENT_DF - 4)}
-
-
-@parametrize("tokens", lib.TOKENS)
-def test_tokens(tokens):
-    """Mean 0, variance 1, uncorrelated; error bars from the fourth moment, which is finite."""
-    assert lib.STUDENT_DF > 8
-    n = 400_000
-    X, _ = lib.sample_batch(default_rng(17), n, 3, 2, 2, tokens)
-    X = X.reshape(n, 6)
-    bound = normal_bound(6 + 36) / math.sqrt(n)
-    assert (abs(X.mean(axis=0)) <= bound).all()
-
-    spread = 1 + (math.sqrt(FOURTH[tokens] - 1) - 1) * np.eye(6)
-    error = abs(X.T @ X / n - np.eye(6))
-    assert (error <= bound * spread + 1e-12).all()
-
-
-@parametrize("T, q", [(5, 2), (7, 1), (4, 3), (13, 13)])
-def test_subsets(T, q):
-    """All of them in their order; those of a batch are equally likely."""
-    subsets = lib.all_subsets(T, q)
-    chosen = [tuple(np.flatnonzero(row == 1)) for row in subsets]
-    assert chosen == list(itertools.combinations(range(T), q))
-
-    _, selected = lib.sample_batch(default_rng(18), 30_000, T, q, 1)
-    uniform(np.vstack([selected, subsets]), len(subsets))
-
-
-def test_most_subsets():
-    assert len(lib.all_subsets(84, 3)) == 95_284
-
-
-def test_random_signs():
-    """All 2^6 patterns at d_e = 2, T = 3 are equally likely."""
-    E = lib.random_sign_encoding(default_rng(19), 2, 3, 33_333)
-    close(abs(E), np.full(E.shape, math.sqrt(0.5)), 1e-15)
-    uniform(E.reshape(-1, 6) > 0, 64)
-    u = lib.overlaps(default_rng(0), 2, 3000, 1, 200)  # one row a piece
-    assert u[:, 0] == pytest.approx(1.0)
-
-
-def test_init_fcn():
-    W1, b1, A, b2 = lib.init_fcn(default_rng(16), m=60, T=30, d=4)
-    assert W1.shape == (60, 150)
-    assert A.shape == (4, 60)
-    assert b1.tolist() == 60 * [0]
-    assert b2.tolist() == 4 * [0]
-    within_errors(W1.ravel(), 0.0)
-    within_errors(W1.ravel()**2, 2 / 150)
-    within_errors(A.ravel()**2, 1 / 60)
-
-
-# ---- descent ------------------------------------------------------------------------------------
-
+# ---- descent ----
 
 def bowl(*params):
     return sum(np.sum(param * param) for param in params) / 2, *params
 
 
 def test_gradient_descent():
-    """Nothing that it yielded is changed later."""
+    """It copies its start at the call, and changes nothing that it yielded."""
     start = np.array([1.0, -2.0]), 3.0
-    states = list(lib.gradient_descent(start, bowl, 0.5, 6))
+    descent = lib.gradient_descent(start, bowl, 0.5, 6)
+    start[0][:] = 7.0
+    states = list(descent)
     assert len(states) == 7
-    for k, (t, params, loss) in enumerate(states):
+    for k, (t, (x, y), loss) in enumerate(states):
         assert (t, loss) == (k, 7 * 0.25**k)
-        for param, first in zip(params, start):
-            assert np.array_equal(param, np.multiply(first, 0.5**k))
-    assert start[0].tolist() == [1.0, -2.0]
-
-
-def test_gradient_descent_copies_its_start():
-    given = np.array([1.0])
-    states = lib.gradient_descent((given,), bowl, 0.5, 1)
-    given[0] = 7.0
-    assert [param.item() for _, (param,), _ in states] == [1.0, 0.5]
+        assert x.tolist() == [0.5**k, -2 * 0.5**k]
+        assert y == 3 * 0.5**k
+    assert start[0].tolist() == [7.0, 7.0]
 
 
 def test_gradient_descent_of_no_steps():
     """It takes no step, not even one that overflows."""
-    states = lib.gradient_descent((1,), lambda x: (0.0, 1e308), 1e10, 0)
-    assert [t for t, _, _ in states] == [0]
+    [(t, _, _)] = lib.gradient_descent((1,), lambda x: (0.0, 1e308), 1e10, 0)
+    assert t == 0
 
 
 DIVERGING = [  # loss and gradient, rate, step
-    (lambda x: (x * x, 2 * x), 1e100, 2),
     (lambda x: (0.0 * x, x * 1e200), 1e200, 1),
     (lambda x: (x if x > 0.5 else np.nan, 1.0), 0.25, 2),
     (lambda x: (np.inf, x), 0.125, 0),
     (lambda x: (np.array([1.0, np.nan]), x), 0.125, 0),
-    (lambda x: (0.0, 1e308), 1e10, 1),
     (lambda x: (x, x) if x > 0.6 else math.exp(1e3), 0.25, 2),
 ]
 
 
-@parametrize("others", [False, True])
 @parametrize("loss_and_grads, rate, step", DIVERGING)
-def test_divergence(loss_and_grads, rate, step, others):
-    """Named with its step and rate, in one entry of the last of several parameters too."""
+def test_divergence(loss_and_grads, rate, step):
+    """Named with its step and rate, in one entry of the last of several parameters."""
 
     def among_others(x, y):
         loss, grad = loss_and_grads(y[1])
         return loss, 0.0, np.array([0.0, grad])
 
-    start = (0.0, [0.0, 1.0]) if others else (1.0,)
-    run = lib.gradient_descent(start, among_others if others else loss_and_grads, rate, 50)
+    run = lib.gradient_descent((0.0, [0.0, 1.0]), among_others, rate, 50)
     with pytest.raises(FloatingPointError, match=rf"{re.escape(f'{rate:g}')}\b.* step {step}\b"):
         list(run)
 
 
 UNFIT = [
     lambda x, y: (0.0, x),
-    lambda x, y: (0.0, y, y),
     lambda x, y: (0.0, x, y, y),
-    lambda x, y: 0.0,
     lambda x, y: (0.0, x[None], y),
     lambda x, y: (0.0, x, None),
     lambda x, y: (0.0, 1j * x, y),
     lambda x, y: [0.0, x, y],
-    lambda x, y: (0.0, [1.0, 2.0], y),
     lambda x, y, calls=itertools.count(): (0.0, x[next(calls) % 3 // 2:], y),
 ]
 
@@ -1298,542 +1313,22 @@ def test_adam_in_float64():
     assert adam_run(directions)[1] == pytest.approx(0.9)
 
 
-# ---- the trace and the reader's own lines ----
-
-ANEW = {}
-ANEW["attention"] = """
-import numpy as np
-
-def attention_lines(V, W, Z, z_query, target):
-    lines = {"s": [], "a": [], "f": [], "r": [], "g": [], "a_g": [], "grad_s": []}
-    loss, grad_V, grad_W = 0.0, 0 * V, 0 * W
-    for Z_b, z, y in zip(Z, z_query, target):
-        s = Z_b.T @ (W @ z)
-        a = np.exp(s) / np.exp(s).sum()
-        f = V @ (Z_b @ a)
-        r = f - y
-        g = Z_b.T @ (V.T @ r)
-        a_g = a @ g
-        grad_s = a * (g - a_g)
-        loss = loss + r @ r / 2
-        grad_V = grad_V + np.outer(r, Z_b @ a)
-        grad_W = grad_W + np.outer(Z_b @ grad_s, z)
-        for name in lines:
-            lines[name].append(vars()[name])
-    return dict(lines, loss=loss, grad_V=grad_V, grad_W=grad_W)
-
-def attention_loss_and_grads(V, W, Z, z_query, target):
-    lines = attention_lines(V, W, Z, z_query, target)
-    return [lines[name] / len(Z) for name in ("loss", "grad_V", "grad_W")]
-"""
-ANEW["fcn"] = """
-import numpy as np
-
-def fcn_lines(W1, b1, A, b2, inputs, target):
-    lines = {"pre": [], "hidden": [], "f": [], "r": [], "delta": []}
-    loss, grad_W1, grad_b1, grad_A, grad_b2 = 0.0, 0 * W1, 0 * b1, 0 * A, 0 * b2
-    for x, y in zip(inputs, target):
-        pre = W1 @ x + b1
-        hidden = np.maximum(pre, 0)
-        f = A @ hidden + b2
-        r = f - y
-        delta = (A.T @ r) * (pre > 0)
-        loss = loss + r @ r / 2
-        grad_A = grad_A + np.outer(r, hidden)
-        grad_b2 = grad_b2 + r
-        grad_W1 = grad_W1 + np.outer(delta, x)
-        grad_b1 = grad_b1 + delta
-        for name in lines:
-            lines[name].append(vars()[name])
-    return dict(lines, loss=loss, grad_W1=grad_W1, grad_b1=grad_b1, grad_A=grad_A, grad_b2=grad_b2)
-
-def fcn_loss_and_grads(W1, b1, A, b2, inputs, target):
-    lines = fcn_lines(W1, b1, A, b2, inputs, target)
-    names = "loss", "grad_W1", "grad_b1", "grad_A", "grad_b2"
-    return tuple(lines[name] / len(inputs) for name in names)
-"""
-POPULATION_ANEW = """
-import numpy as np
-
-def softmax(s):
-    return np.exp(s) / np.exp(s).sum(axis=1, keepdims=True)
-
-def population_loss_and_grads(V, W, E, e_query, selected):
-    (B, T), d, q = selected.shape, len(V), selected[0].sum()
-    E = np.broadcast_to(E, (B, len(W), T))
-    a = softmax(np.einsum("bit,ij,bj->bt", E, W, e_query))
-    p, N = (a * selected).sum() / B, (a * a).sum() / B
-    loss = ((V * V).sum() * N - 2 * np.trace(V) * p / q + d / q) / 2
-    g = (V * V).sum() * a - np.trace(V) / q * selected
-    grad_s = a * (g - (a * g).sum(axis=1, keepdims=True))
-    grad_W = np.einsum("bit,bt,bj->ij", E, grad_s, e_query) / B
-    return loss, V * N - p / q * np.eye(d), grad_W
-"""
-ANEW["one-hot"] = POPULATION_ANEW + """
-def one_hot_loss_and_grads(alpha, omega, T, q, d):
-    p = q * np.exp(omega) / (q * np.exp(omega) + T - q)
-    off = (1 - p) / (T - q)
-    loss = d * ((1 - alpha * p)**2 / q + alpha**2 * (1 - p) * off) / 2
-    Delta = d * alpha * ((1 - alpha * p) / q + alpha * off)
-    return loss, alpha * (p * p / q + (1 - p) * off) - p / q, -p * (1 - p) * Delta / (T - 1)
-"""
-ANEW["stochastic"] = POPULATION_ANEW + """
-def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
-    B, T = overlaps.shape
-    a, s_y = softmax(c * overlaps), 1.0 * (np.arange(T) < q)
-    loss = d * ((alpha * a - s_y / q)**2).sum() / (2 * B)
-    g = d * alpha * (alpha * a - s_y / q)
-    grad_s = a * (g - (a * g).sum(axis=1)[:, None])
-    return loss, (alpha * a * a - a * s_y / q).sum() / B, (overlaps * grad_s).sum() / (B * d_e)
-"""
-
-WRONG_POPULATION = {  # a line of the right file, and what a reader may write instead
-    "W, e_query))": ["W.T, e_query))", "-W, e_query))", "W, e_query[::-1]))"],
-    "a = softmax(": ["a = 1 / T + 0 * softmax("],
-    "* N - 2": ["* N + 2", "* N - 1"],
-    "+ d / q) / 2": ["+ d / q)", "+ T / q) / 2", "+ len(W) / q) / 2"],
-    "V * N": ["V.T * N", "V * p"],
-    "p / q * np.eye": ["p / d * np.eye", "p / T * np.eye"],
-    "- np.trace(V) / q *": ["+ np.trace(V) / q *", "- np.trace(V) / d *"],
-    "(g - (a * g).sum(axis=1, keepdims=True))": ["g"],
-    "grad_s, e_query) / B": ["grad_s, e_query) / T", "grad_s[::-1], e_query) / B"],
-    "bj->ij": ["bj->ji"],
-}
-WRONG = {
-    "attention": {
-        "s = Z_b.T @ (W @ z)": ["s = -Z_b.T @ (W @ z)", "s = Z_b.T @ (W.T @ z)"],
-        "np.exp(s) / np.exp(s).sum()": ["1 / len(s) + 0 * s"],
-        "f - y": ["y - f"],
-        "r @ r / 2": ["r @ r"],
-        "np.outer(r, Z_b @ a)": ["np.outer(f, Z_b @ a)", "-np.outer(r, Z_b @ a)"],
-        "Z_b.T @ (V.T @ r)": ["-Z_b.T @ (V.T @ r)", "Z_b.T @ (V.T @ f)"],
-        "a * (g - a_g)": ["a * g", "a * (a_g - g)"],
-        "np.outer(Z_b @ grad_s, z)": ["np.outer(z, Z_b @ grad_s)", "np.outer(Z_b @ g, z)"],
-        "z_query, target):\n        s": ["z_query[::-1], target):\n        s"],
-        "target):\n        s": ["target[::-1]):\n        s", "target * 0):\n        s"],
-        "V @ (Z_b": ["V @ (Z.mean(axis=0)"],
-        "/ len(Z)": ["/ Z.shape[1]", "/ Z.shape[2]", "/ 1"],
-    },
-    "fcn": {
-        "W1 @ x + b1": ["W1 @ x", "W1 @ x - b1"],
-        "np.maximum(pre, 0)": ["abs(pre)"],
-        "A @ hidden + b2": ["A @ hidden"],
-        "f - y": ["y - f"],
-        "(A.T @ r) * (pre > 0)": ["A.T @ r", "(A.T @ r) * pre", "(A.T @ f) * (pre > 0)"],
-        "r @ r / 2": ["r @ r"],
-        "np.outer(r, hidden)": ["np.outer(r, pre)"],
-        "grad_b2 + r": ["grad_b2 + f"],
-        "np.outer(delta, x)": ["-np.outer(delta, x)"],
-        "zip(inputs, target)": ["zip(inputs, target[::-1])"],
-        "/ len(inputs)": ["/ len(W1)", "/ len(A)"],
-    },
-    "one-hot": WRONG_POPULATION | {
-        "loss = d *": ["loss = q *", "loss = T *", "loss = 2 * d *"],
-        "(T - q)\n    loss": ["(T - 1)\n    loss", "(T - d)\n    loss"],
-        "q * np.exp(omega) / (": ["d * np.exp(omega) / (", "q * np.exp(-omega) / ("],
-        "Delta = d": ["Delta = q", "Delta = -d"],
-        "Delta / (T - 1)": ["Delta / T", "Delta / (T - q)"],
-    },
-    "stochastic": {
-        "+ d / q) / 2": ["+ T / q) / 2", "+ len(W) / q) / 2"],
-        "bj->ij": ["bj->ji"],
-        "loss = d *": ["loss = d_e *", "loss = q *", "loss = T *"],
-        "g = d *": ["g = d_e *", "g = q *", "g = T *"],
-        "(B * d_e)": ["(B * d)", "(B * q)", "(B * T)", "B"],
-        "< q)": ["< d_e)", "< d)"],
-        "softmax(c * overlaps), ": ["softmax(-c * overlaps), ", "softmax(c * overlaps**2), "],
-        "s_y / q)**2": ["s_y / d)**2"],
-        "(2 * B)": ["B"],
-        "(g - (a * g).sum(axis=1)[:, None])": ["g"],
-    },
-}
-
-
-def trace(capsys, options):
-    """Exit status, the lines printed, and those of the errors."""
-    try:
-        status = run_all.main(["--trace", *options.split()])
-    except SystemExit as stop:
-        status = stop.code
-    output, errors = capsys.readouterr()
-    return status, output.splitlines(), errors.splitlines()
-
-
-@pytest.fixture
-def mine(tmp_path, capsys):
-    """Runs the trace of a model with a text as the reader's file."""
-    def run(model, text, options="1"):
-        file = tmp_path / "homework.py"
-        file.write_text(text)
-        return trace(capsys, f"{options} --model {model} --mine {file}")
-    return run
-
-
-def marked(output):
-    return [line for line in output if line.endswith("<--")]
-
-
-@parametrize("options, lines", [
-    ("3 --model attention", 45),
-    ("3 --model fcn", 57),
-    ("3 --model one-hot", 51),
-    ("2 --model stochastic", 56),
-    ("2 --model attention --T 3 --q 1 --d 4 --seed 4 --eta 2", 30),
-    ("2 --model fcn --T 2 --q 2 --d 1 --m 1 --seed 1", 38),
-    ("40 --T 4 --q 4 --d 5 --eta 1.5", 600),
-    ("1 --T 1 --q 1 --d 1", 17),
-    ("99 --T 8 --q 3 --d 5 --eta 5.9", 1485),
-    ("99 --model attention --eta 1", 1485),
-    *((f"2 --start zero --model {model}", None) for model in run_all.TRACES),
-])
-def test_trace(options, lines, capsys):
-    status, output, errors = trace(capsys, options)
-    assert (status, errors, marked(output)) == (0, [], [])
-    assert max(map(len, output)) <= 88
-    count, difference = re.fullmatch(r"(\d+) lines compared, .* (\S+)", output[-1]).groups()
-    assert lines in (None, int(count)) and float(difference) < 1e-13
-
-
-def test_trace_by_hand(capsys):
-    """The first two updates from zero at (T, q, d) = (8, 3, 5), eta = 1/2, are fractions."""
-    _, output, _ = trace(capsys, "3 --T 8 --q 3 --d 5 --start zero")
-    alpha, omega = 31 / 256, 25 / 14336
-    assert f"step 2: V = {alpha:.6g} I, W = omega C, omega = {omega:.6g}" in output
-
-
-@parametrize("model, function", [
-    ("attention", "attention_lines"), ("attention", "attention_loss_and_grads"),
-    ("fcn", "fcn_lines"), ("fcn", "fcn_loss_and_grads"),
-    ("one-hot", "one_hot_loss_and_grads"), ("one-hot", "population_loss_and_grads"),
-    ("stochastic", "stochastic_loss_and_grads"), ("stochastic", "population_loss_and_grads"),
-])
-def test_trace_sees_each_line_of_the_code(model, function, monkeypatch, capsys):
-    right = getattr(run_all, function)
-    turned = None
-
-    @functools.wraps(right)
-    def mutant(*arguments):
-        result = right(*arguments)
-        keys = list(result) if isinstance(result, dict) else range(len(result))
-        values = {key: result[key] * (-1 if key == turned else 1) for key in keys}
-        return values if isinstance(result, dict) else tuple(values.values())
-
-    monkeypatch.setattr(run_all, function, mutant)
-    lines = run_all.ATTENTION if model == "attention" else run_all.NETWORK
-    for turned in lines if function.endswith("_lines") else range(3):
-        status, output, _ = trace(capsys, f"1 --model {model}")
-        assert status == 1 and marked(output), turned
-
-
-def test_trace_needs_every_token(monkeypatch, capsys):
-    signs = run_all.all_signs
-    monkeypatch.setattr(run_all, "all_signs", lambda d, T: signs(d, T)[1:])
-    status, output, _ = trace(capsys, "1")
-    assert status == 1 and {line[:4] for line in marked(output)} == {"(A9)"}
-
-
-@parametrize("model", run_all.TRACES)
-def test_trace_that_diverges(model, capsys):
-    status, _, errors = trace(capsys, f"900 --model {model} --T 3 --eta 1e9")
-    assert status == 1 and len(errors) == 1 and "diverged" in errors[0]
-
-
-def test_trace_leaves_out_a_kink(monkeypatch, capsys):
-    start = lib.init_fcn
-    monkeypatch.setattr(lib, "init_fcn", lambda *sizes: (0 * start(*sizes)[0], *start(*sizes)[1:]))
-    status, output, _ = trace(capsys, "1 --model fcn --start zero")
-    left_out = [line for line in output if line.endswith("left out, at the kink of relu")]
-    assert status == 0 and len(left_out) == 3 + 2 + 2  # delta; W1 and b1: sum, mean, update
-    assert trace(capsys, "1 --model fcn")[1][-1].startswith("19 lines")
-
-
-@parametrize("name", ["grad_W", "a", "loss", "Z", "V"])
-def test_trace_in_full(name, mine):
-    """Every entry of each line and input stands there as NumPy prints it."""
-    text, _, _ = ANEW["attention"].partition("def attention_loss_and_grads")
-    name = "lines['a']" if name == "a" else name
-    show = f"    print('<', np.array({name}), '>', sep='\\n')\n"
-    text = text.replace("    return", f"{show}    return")
-    for options, copies in ("1", 1), ("1 --full", 2):
-        status, output, _ = mine("attention", text, options)
-        whole = "\n".join(output)
-        entries = whole.partition("<")[2].partition(">")[0]
-        assert status == 0 and whole.count(entries) == copies
-        assert max(map(len, output)) <= 88
-
-
-@parametrize("model", run_all.TRACES)
-def test_mine(model, mine):
-    status, output, errors = mine(model, ANEW[model], "2")
-    assert (status, errors, marked(output)) == (0, [], [])
-    assert not re.search("not given|  code ", "\n".join(output)) and "yours" in "\n".join(output)
-
-
-@parametrize("model, old, new", [
-    (model, old, new) for model in WRONG for old in WRONG[model] for new in WRONG[model][old]])
-def test_mine_wrong(model, old, new, mine):
-    """One default step sees a sign, a factor, a transpose, a letter, another sample."""
-    assert ANEW[model].count(old) == 1
-    status, output, errors = mine(model, ANEW[model].replace(old, new))
-    assert status == 1 and marked(output) and errors == []
-    assert max(map(len, output)) <= 88
-
-
-def test_mine_to_the_last_digits(mine):
-    text = ANEW["attention"].replace("a * (g - a_g)", "a * (g - a_g) * (1 + 1e-10)")
-    assert mine("attention", text)[0] == 1
-
-
-def test_mine_one_function(mine):
-    """What the file does not define is not shown; lines that it lacks are listed."""
-    text = "def attention_lines(V, W, Z, z_query, target):\n    return {'s': "
-    text += "(Z * (W @ z_query.T).T[:, :, None]).sum(axis=1)}"
-    status, output, _ = mine("attention", text)
-    assert status == 0 and output[-1].startswith("1 lines compared")
-    assert sum(line.endswith(": not given") for line in output) == 9
-    assert mine("attention", "def attention_lines(*given):\n    return {}")[0] == 1
-
-
-def test_mine_leaves_descent_alone(mine):
-    """Wrong means, and inputs overwritten: the lines of each sample stay right."""
-    wrong = ANEW["attention"].replace("lines[name] / len(Z)", "lines[name]")
-    wrong = wrong.replace("    return dict(lines", "    V *= 0\n    return dict(lines")
-    status, output, _ = mine("attention", wrong, "3")
-    assert status == 1 and len(marked(output)) == 9
-
-
-@parametrize("value", [
-    "None", "'text'", "lines['g'][:1]", "[[1], [1, 2]]", "np.nan * Z[:, 0]", "1j * Z[:, 0]", "V",
-    "{}",
-])
-def test_mine_no_numbers(value, mine):
-    text = ANEW["attention"].replace("dict(lines,", f"dict(lines | dict(g={value}),")
-    status, output, errors = mine("attention", text)
-    assert status == 1 and errors == [] and len(marked(output)) == 1
-    assert marked(output)[0].startswith("attention_lines, g: ")
-
-
-@parametrize("body", [
-    "return undefined",
-    "return 1 / 0",
-    "return None",
-    "return 1, 2",
-    "return V.T @ W",
-    "raise SystemExit",
-    "raise ValueError('line\\n' * 99)",
-    "return attention_loss_and_grads(V, W, Z, z_query, target)",
-])
-def test_mine_that_fails(body, mine):
-    text = f"def attention_loss_and_grads(V, W, Z, z_query, target):\n    {body}"
-    status, output, errors = mine("attention", text)
-    assert status == 1 and errors == [] and len(marked(output)) == 1
-    assert marked(output)[0].startswith("attention_loss_and_grads: ")
-    assert max(map(len, output)) <= 88
-
-
-@parametrize("text", [
-    "def", "raise SystemExit(0)", "undefined", "import absent", "1 / 0"])
-def test_mine_that_does_not_run(text, mine):
-    status, output, errors = mine("fcn", text)
-    assert (status, errors, len(output)) == (1, [], 1)
-    assert output[0].startswith("homework.py: ")
-
-
-def test_mine_without_a_function(mine, capsys):
-    for status, output, errors in (
-            mine("fcn", ANEW["attention"]), trace(capsys, "1 --mine absent.py")):
-        assert (status, output, len(errors)) == (2, [], 1) and "--mine" in errors[0]
-
-
-# ---- fixed encodings: the widest margin (G2, G3) ----
-
-
-def sphere(d_e, T):
-    """T encodings of length 1 in random directions."""
-    E = default_rng(d_e).standard_normal((d_e, T))
-    return E / np.linalg.norm(E, axis=0)
-
-
-def hadamard(d_e, T):
-    """Rows of Hadamard's matrix: at q = 2 and d_e < T most other sets have no W*."""
-    two = np.array([[1, 1], [1, -1]])
-    return np.kron(np.kron(two, two), two)[-d_e:, :T] / math.sqrt(d_e)
-
-
-def sinusoidal(d_e, T):
-    """The usual encodings of positions: neighbours differ little, and the set has a low rank."""
-    angle = np.arange(T) / 10_000**(np.arange(d_e // 2)[:, None] / (d_e // 2))
-    return np.concatenate([np.sin(angle), np.cos(angle)]) / math.sqrt(d_e // 2)
-
-
-def pair(delta):
-    """Two vectors of length 1, so far apart."""
-    angle = 2 * math.asin(delta / 2)
-    return np.array([[1.0, math.cos(angle)], [0.0, math.sin(angle)]])
-
-
-def with_repeat(sign):
-    """Random signs of which two are equal, or opposite."""
-    E = lib.random_sign_encoding(default_rng(2), 12, 6)
-    E[:, 4] = sign * E[:, 1]
-    return E
-
-
-def constraints(E, q, query):
-    """Matrices, flat, whose products with W must be at least 1, and those where they must be 0."""
-    apart = []
-    equal = [np.zeros(len(E)**2)]
-    for row in lib.all_subsets(E.shape[1], q):
-        e_y = lib.QUERIES[query](E, row[None])[0]
-        first, *others = E.T[row == 1]
-        apart += [np.outer(first - e, e_y).ravel() for e in E.T[row == 0]]
-        equal += [np.outer(first - e, e_y).ravel() for e in others]
-    return np.array(apart), np.array(equal)
-
-
-MARGINS = [
-    (sphere, 5, 8, 1, "dual"), (sphere, 9, 6, 1, "dual"), (sphere, 12, 20, 1, "dual"),
-    (sphere, 7, 7, 1, "sum"), (sphere, 30, 6, 2, "dual"), (sphere, 8, 7, 3, "sum"),
-    (sphere, 40, 8, 7, "dual"), (hadamard, 5, 6, 2, "dual"), (sinusoidal, 32, 32, 1, "dual")]
-LARGE = [(sinusoidal, d_e, T, 1, "dual") for T, d_e in [(48, 32), (48, 64), (64, 48)]]
-
-
-@parametrize("draw, d_e, T, q, query", MARGINS + LARGE)
-def test_widest_margin_separates(draw, d_e, T, q, query):
-    E = draw(d_e, T)
-    W = lib.widest_margin(E, q, query)
-    selected = lib.all_subsets(T, q)
-    scores = lib.QUERIES[query](E, selected) @ W.T @ E
-    lowest_on = np.where(selected == 1, scores, np.inf).min(axis=1)
-    highest_on = np.where(selected == 1, scores, -np.inf).max(axis=1)
-    highest_off = np.where(selected == 1, -np.inf, scores).max(axis=1)
-    assert (lowest_on - highest_off).min() > 1 - 1e-9
-    close(highest_on, lowest_on, 1e-9, np.linalg.norm(W))
-
-
-@parametrize("draw, d_e, T, q, query", MARGINS)
-def test_widest_margin_is_shortest(draw, d_e, T, q, query):
-    """W is a sum of l times its tight margins, l >= 0, and of ties: every W' that meets the margins
-    has a product with it of at least the sum of l, so none is shorter."""
-    E = draw(d_e, T)
-    W = lib.widest_margin(E, q, query).ravel()
-    apart, equal = constraints(E, q, query)
-    tight = apart[apart @ W < 1 + 1e-8]
-    rows = np.concatenate([tight, equal])
-    least = np.where(np.arange(len(rows)) < len(tight), 0.0, -np.inf)
-    rate = np.linalg.norm(rows, 2)**-2
-    l = np.maximum(np.linalg.lstsq(rows.T, W, rcond=1e-13)[0], least)
-    old = l
-    for k in range(5_000):  # accelerated projected gradients, where l is not unique
-        ahead = l + k / (k + 3) * (l - old)
-        old = l
-        l = np.maximum(ahead + rate * rows @ (W - rows.T @ ahead), least)
-    lower = l[:len(tight)].sum() / np.linalg.norm(rows.T @ l)
-    assert np.linalg.norm(W) <= (1 + 1e-6) * lower
-
-
-@parametrize("d_e, T, q", [(6, 6, 1), (9, 6, 2), (7, 5, 3), (4, 4, 3)])
-def test_widest_margin_of_orthonormal_sets(d_e, T, q):
-    """(C4): W* = E (I - 11^T/T) E^T, and so the late loss (T - 1)/(4 eta t)."""
-    E = np.linalg.qr(default_rng(3).standard_normal((d_e, T)))[0]
-    W = lib.widest_margin(E, q)
-    close(W, E @ (np.eye(T) - 1 / T) @ E.T, 1e-9)
-    assert lib.fixed_set_loss_at(50.0, W, 0.5) == pytest.approx((T - 1) / (4 * 0.5 * 50))
-
-
-@parametrize("seed", range(20))
-def test_widest_margin_of_independent_sets(seed, d_e=16, T=8, q=3):
-    """(G3): for 3 <= q <= T - 2 it exists only if u_max < 1, and then it is known."""
-    E = lib.random_sign_encoding(default_rng(seed), d_e, T)
-    selected = lib.all_subsets(T, q)
-    u_max = (lib.dual_query(E, selected) @ E)[selected == 0].max()
-    dual = np.linalg.pinv(E, rcond=1e-12)
-    w = dual.sum(axis=0)
-    if u_max < 1 - 1e-9:
-        close(lib.widest_margin(E, q), (E @ dual - np.outer(w, w) / (w @ w)) / (1 - u_max), 1e-7)
-    else:
-        with pytest.raises(ValueError, match="E must be a set that some W separates"):
-            lib.widest_margin(E, q)
-
-
-@parametrize("query, power", [("dual", 0), ("sum", 2)])
-@parametrize("size", [1e-9, 1e9])
-def test_widest_margin_of_other_units(query, power, size):
-    """Encodings times a size: dual queries are divided by it, sum queries multiplied."""
-    E = sphere(9, 6)
-    close(lib.widest_margin(size * E, 2, query) * size**power, lib.widest_margin(E, 2, query), 1e-6)
-
-
-@parametrize("delta", [0.5, 1e-2, 2e-4, 1e-5])
-def test_widest_margin_of_a_pair(delta):
-    """Scores must differ by 1 both ways: W* = 2 g g^T/delta^4, g = e_1 - e_2. A separable set is
-    solved or said not to be reached, never said to have no W."""
-    E = pair(delta)
-    g = E[:, 0] - E[:, 1]
-    try:
-        W = lib.widest_margin(E, 1)
-    except ValueError as error:
-        assert delta < 1e-4 and "whose W* is reached" in str(error)
-    else:
-        close(W, 2 * np.outer(g, g) / delta**4, 1e-6)
-
-
-@parametrize("E, q", [
-    (with_repeat(1), 1), (with_repeat(1), 2), (with_repeat(1), 3), (with_repeat(-1), 2),
-    (lib.random_sign_encoding(default_rng(1), 2, 6), 1), (np.zeros((3, 4)), 1)])
-def test_widest_margin_of_inseparable_sets(E, q):
-    """Equal encodings, opposite ones (their query is 0), too few numbers; and no warning."""
-    with pytest.raises(ValueError, match="E must be a set that some W separates"):
-        lib.widest_margin.__wrapped__(E, q)
-
-
-@parametrize("T, q", [(400, 1), (60, 30)])
-def test_widest_margin_of_large_sets(T, q):
-    with pytest.raises(ValueError, match="E, q must be so small"):
-        lib.widest_margin(np.eye(40, T), q)
-
-
 # ---- sharp attention, sizes of integers, batches of several pieces ----
 
 SHARP = parametrize("size", [800.0, 1e100, 1e300])
 
 
-def test_softmax_again():
-    scores = 10 * default_rng(2).standard_normal((3, 2, 5))
-    close(ag.softmax(scores), attend(scores), 1e-15)
-    close(ag.softmax(scores + 1e6), ag.softmax(scores), 1e-8)
-
-
 @SHARP
 def test_sharp_softmax(size):
     """Scores up to 1e300, and each row by itself."""
-    close(ag.softmax([[size, 0.0], [0.0, math.log(3)]]), [[1, 0], [0.25, 0.75]], 1e-15)
     rows = [[-size, size, 0.0], [size, size, -size], [-size, -2 * size, -size]]
     assert ag.softmax(rows).tolist() == [[0, 1, 0], [0.5, 0.5, 0], [0.5, 0, 0.5]]
 
 
 @SHARP
-def test_sharp_attention(size):
-    """The loss is that of reading one token, and its gradients are finite."""
-    V = np.array([[1.0, 0.0]])
-    W = np.diag([0.0, size])
-    Z = np.array([[[2.0, 3.0], [1.0, 0.0]]])
-    z_query = np.array([[0.0, 1.0]])
-
-    loss, grad_V, grad_W = ag.attention_loss_and_grads(V, W, Z, z_query, target=[[2.5]])
-    assert (loss, grad_V.tolist(), abs(grad_W).max()) == (0.125, [[-1.0, -0.5]], 0.0)
-    read = [lib.transformer(V, sign * W, Z, z_query).item() for sign in (1, -1)]
-    assert read == [2.0, 3.0]
-
-
-@SHARP
-@parametrize("T, q, sign, loss", [
-    (5, 2, 1, 0.0),
-    (5, 2, -1, 3 / 2 * (1 / 2 + 1 / 3)),
-    (4, 4, -1, 0.0),
-    (1, 1, -1, 0.0),
-])
+@parametrize("T, q, sign, loss", [(5, 2, 1, 0.0), (5, 2, -1, 5 / 4), (4, 4, -1, 0.0)])
 def test_sharp_one_hot(size, T, q, sign, loss):
+    """Attention on y alone; on the three others alone; on y whatever omega."""
     found = ag.one_hot_loss_and_grads(1.0, sign * size, T, q, 3)
     assert found[0] == pytest.approx(loss, rel=1e-14) and np.isfinite(found).all()
 
@@ -1841,53 +1336,34 @@ def test_sharp_one_hot(size, T, q, sign, loss):
 @SHARP
 def test_sharp_laws(size):
     """Full attention on y leaves no loss where overlaps have no spread."""
+    one = [[1.0]]
     u = [[1.0, 1.0, 0.5], [1.0, 1.0, -1.0]]
-    assert ag.population_loss_and_grads([[1.0]], [[size]], [[1.0, 0.0]], [[1.0]], [[1, 0]])[0] == 0
+    assert ag.attention_loss_and_grads(one, [[size]], [[[1.0, 0.0]]], one, one)[0] == 0
+    assert ag.population_loss_and_grads(one, [[size]], [[1.0, 0.0]], one, [[1, 0]])[0] == 0
     assert ag.stochastic_loss_and_grads(1.0, size, u, 2, 3, 4) == (0, 0, 0)
     assert lib.overlap_loss(size, u, 2, 3) == 0
-    assert lib.stochastic_loss(size, 9, 2, 3, 0.0) == 0
-    assert lib.length_loss(1.0, size, 9, 2, 3, 0.0) == 0
 
 
-@parametrize("name, sizes", [
-    ("escape_time", dict(T=100_000, q=3, d=50_000)),
-    ("largest_stable_eta", dict(T=100_000, q=70_000, d=9)),
-    ("fcn_loss_floor", dict(m=100, T=100_000, q=70_000, d=50_000)),
-    ("overlap_variance", dict(q=60_000, d_e=70_000)),
-    ("stochastic_floor", dict(T=100_000, q=3, d=50_000, d_e=100_000)),
-    ("one_hot_loss_at", dict(T=100_000, q=70_000, d=9)),
-])
-def test_numpy_integers(name, sizes):
+def test_numpy_integers():
     """They give what Python's give, where their products overflow."""
+    sizes = dict(m=100, T=100_000, q=70_000, d=50_000)
     narrow = {key: np.int32(size) for key, size in sizes.items()}
-    close(flat_call(name, **narrow), flat_call(name, **sizes), 1e-14)
-
-
-def test_integers_beyond_32_bits():
-    assert lib.fcn_loss_floor([10**10], T=10**9, q=10**9, d=10**10).tolist() == [0.0]
-    losses = lib.one_hot_loss_at([1.0, 2.0], T=2**33, q=2**32, d=1, eta=1.0)
-    assert losses.tolist() == [2**-34, 2**-34]
+    close(lib.fcn_loss_floor(**narrow), lib.fcn_loss_floor(**sizes), 1e-14)
 
 
 @parametrize("sizes", [
-    dict(T=[4, 5, 6], q=2, d=3),
-    dict(T=8, q=[4, 5, 6], d=3),
-    dict(T=8, q=2, d=np.array([4, 5, 6])),
-    {key: np.int32([size]) for key, size in dict(T=100_000, q=70_000, d=70_000).items()},
+    dict(T=8, q=[4, 5, 6], d=np.array([3, 2, 1])),
+    dict(T=np.int32([100_000]), q=np.int32([70_000]), d=70_000),
 ])
 def test_arrays_of_sizes(sizes):
     """Each row of the result is that of its own sizes."""
-    rows = [dict(zip(sizes, map(int, row))) for row in np.broadcast(*sizes.values())]
+    def results(sizes):
+        *_, (_, _, loss) = lib.one_hot_recursion(**sizes, eta=0.5, steps=20)
+        return [loss, *ag.one_hot_loss_and_grads(1.0, 0.5, **sizes)]
 
-    together = ag.one_hot_loss_and_grads(1.0, 0.5, **sizes)
-    alone = [ag.one_hot_loss_and_grads(1.0, 0.5, **row) for row in rows]
-    for result, singles in zip(together, zip(*alone)):
-        close(result, singles, 4 * EPS)
-
-    *_, (_, _, losses) = lib.one_hot_recursion(**sizes, eta=0.5, steps=20)
-    for loss, row in zip(losses, rows):
-        *_, (_, _, single) = lib.one_hot_recursion(**row, eta=0.5, steps=20)
-        close(loss, single, 1e-14)
+    rows = [results(dict(zip(sizes, map(int, row)))) for row in np.broadcast(*sizes.values())]
+    for together, alone in zip(results(sizes), zip(*rows)):
+        close(together, alone, 1e-14)
 
 
 def attention_batch(B, D=24, T=64):
@@ -1897,15 +1373,11 @@ def attention_batch(B, D=24, T=64):
 
 
 def test_pieces_add_up():
-    """A batch of several pieces (of 195, the last of 3) is the mean of its samples."""
-    V, W, *data = attention_batch(978)
-    whole = ag.attention_loss_and_grads(V, W, *data)
-    samples = []
-    for b in range(978):
-        one = [values[b:b + 1] for values in data]
-        samples.append(ag.attention_loss_and_grads(V, W, *one))
-    for got, singles in zip(whole, zip(*samples)):
-        close(got, np.mean(singles, axis=0), 1e-12)
+    """A batch of several pieces (of 195, the last of 3) has the sums of its lines."""
+    batch = attention_batch(978)
+    lines = ag.attention_lines(*batch)
+    for mean, name in zip(ag.attention_loss_and_grads(*batch), ("loss", "grad_V", "grad_W")):
+        close(978 * mean, lines[name], 1e-12)
 
 
 def peak(function, *arguments):
@@ -1990,30 +1462,27 @@ def arguments_of(name):
 
 @EVERY
 def test_contract(name):
-    """Every argument has a kind, and one that its name promises; only two take arrays of sizes."""
+    """Every argument has a kind that its name promises, and the same default in every function.
+
+    None is a default where it is let in. Only two functions take arrays of sizes.
+    """
     kinds = arguments_of(name)
-    assert list(kinds) == list(inspect.signature(PUBLIC[name]).parameters)
+    parameters = inspect.signature(PUBLIC[name]).parameters
+    assert list(kinds) == list(parameters)
     for key, kind in kinds.items():
         assert kind is NAMED[key] if key in NAMED else key in KINDS[kind].split()
+        optional = key in DEFAULTS and (DEFAULTS[key] is not None or kind == "size or None")
+        assert parameters[key].default == (DEFAULTS[key] if optional else inspect.Parameter.empty)
     several = name in ("one_hot_loss_and_grads", "one_hot_recursion")
     assert several == ("sizes" in kinds.values())
 
 
 @EVERY
-def test_defaults(name):
-    """An argument has the same default in every function, or none where None is not let in."""
-    kinds = arguments_of(name)
-    for key, parameter in inspect.signature(PUBLIC[name]).parameters.items():
-        optional = key in DEFAULTS and (DEFAULTS[key] is not None or kinds[key] == "size or None")
-        assert parameter.default == (DEFAULTS[key] if optional else inspect.Parameter.empty)
-
-
-@EVERY
 def test_docstring(name):
-    text = PUBLIC[name].__doc__
+    text = inspect.getdoc(PUBLIC[name])
     for word in ("Parameters", "Returns", "Raises"):
-        assert f"\n    {word}: " in text
-    assert "\n    >>> " in text
+        assert f"\n{word}: " in text
+    assert "\n>>> " in text
 
 
 # Arguments that must be let in. Arrays hold small integers, so that every dtype holds them.
@@ -2084,7 +1553,6 @@ def flat_call(name, **others):
 FORMS = {  # what becomes of arrays, sizes and numbers
     "lists": (np.ndarray.tolist, int, float),
     "Fortran": (np.asfortranarray, int, np.array),
-    "strided": (lambda array: np.repeat(array, 2, axis=-1)[..., ::2], int, float),
     "integers": (lambda array: array.astype(int), np.int64, lambda x: x if x % 1 else int(x)),
     "float32": (lambda array: array.astype(np.float32), np.uint8, np.float32),
     "read-only": (lambda array: np.broadcast_to(array, array.shape), int, np.float64),
@@ -2116,20 +1584,6 @@ def test_inputs_stay(name):
     before = {key: repr(value) for key, value in arguments.items() if key != "rng"}
     flat(PUBLIC[name](**arguments))
     assert before == {key: repr(arguments[key]) for key in before}
-
-
-def test_zero_is_a_count():
-    assert len(list(lib.one_hot_recursion(T=5, q=2, d=2, eta=0.5, steps=0))) == 1
-    assert lib.fcn_loss_floor(m=0, T=5, q=2, d=2) == 0.5
-
-
-def test_numbers_beyond_64_bits():
-    assert lib.one_hot_loss_at(10**24, 5, 2, 2, 0.5) == lib.one_hot_loss_at(1e24, 5, 2, 2, 0.5)
-
-
-def test_none_is_let_in():
-    assert lib.random_sign_encoding(default_rng(0), 3, 5, None).shape == (3, 5)
-    assert lib.one_hot_loss_at(16.0, 5, 2, 2, 0.5, None).shape == ()
 
 
 # ---- the door: what it refuses ----
@@ -2240,43 +1694,38 @@ def test_largest_q(name):
         assert np.isfinite(np.concatenate([np.ravel(x) for x in flat_call(name, q=T)])).all()
 
 
+ROOMS = (
+    "best_fcn", "init_fcn", "one_hot_encoding", "overlaps", "random_sign_encoding",
+    "sample_batch")
+
+
+@parametrize("name", ROOMS)
+def test_room(name):
+    """No size may ask for an array that cannot be allocated."""
+    for key in {"B", "T", "d", "d_e", "m"} & set(arguments_of(name)):
+        assert named(key, refusal(name, **{key: 2**40}))
+
+
 BAD = [  # (name, what is refused, a word of the message)
-    ("adam", dict(steps=0), "steps"),
     ("all_subsets", dict(T=448), "T"),
-    ("all_subsets", dict(T=10**18), "T"),
     ("all_subsets", dict(T=2**40, q=2**40), "q"),
-    ("best_dimension", dict(t=1.0), "t"),
+    ("best_dimension", dict(t=1000.0), "t"),
     ("best_fcn", dict(m=11), "m"),
-    ("best_fcn", dict(m=2**20, T=2**20), "T"),
     ("dual_query", dict(E=np.ones((2**15, 16)), selected=np.ones((2**12, 16))), "d_e"),
-    ("escape_time", dict(T=4, q=2), "q"),
     ("fcn_first_layer_floor", dict(W1=np.ones((3, 9))), "W1"),
-    ("finite_sample_loss", dict(n=2), "n"),
+    ("finite_sample_loss", dict(n=1), "n"),
     ("finite_sample_loss", dict(n=3), "n"),
-    ("finite_sample_loss", dict(t=1e9), "t"),
-    ("fixed_set_loss_at", dict(t=0.0), "t"),
-    ("full_inputs", dict(E=np.ones((3, 6))), "E"),
-    ("init_fcn", dict(d=2**40), "d"),
-    ("length_loss", dict(c=[1.0, 9.0]), "c"),
-    ("length_loss", dict(alpha=[1, 2], c=[0.1, 0.2, 0.3]), "alpha"),
-    ("longest_sequence", dict(c=0.0), "c"),
+    ("length_loss", dict(c=[0.5, 0.7]), "c"),
+    ("longest_sequence", dict(c=2.0), "c"),
     ("one_hot_loss_and_grads", dict(T=[5, 1]), "q"),
     ("one_hot_loss_and_grads", dict(T=np.array([2**63], dtype=np.uint64)), "T"),
+    ("one_hot_loss_and_grads", dict(alpha=np.ones((2**20, 1)), omega=np.ones(2**20)), "omega"),
     ("one_hot_recursion", dict(T=[4, 5], q=[1, 2, 3]), "T"),
     ("overlap_variance", dict(q=4, query="dual"), "q"),
-    ("overlaps", dict(B=2**40), "B"),
-    ("overlaps", dict(d_e=2**40), "d_e"),
-    ("random_sign_encoding", dict(d_e=2**62, T=2**62), "d_e"),
-    ("sample_batch", dict(B=2**62), "B"),
-    ("softmax", dict(scores=[10**400]), "scores"),
     ("softmax", dict(scores=[-2**53 - 1, 0]), "scores"),
     ("softmax", dict(scores=[2**70, 0]), "scores"),
     ("softmax", dict(scores=[[[0.0, -INF]]]), "scores"),
-    ("stochastic_loss", dict(c=4.5), "c"),
-    ("stochastic_loss_and_grads", dict(alpha=[1.0, 2.0]), "alpha"),
-    ("stochastic_trajectory", dict(t=1e300), "t"),
-    ("stochastic_trajectory", dict(q=7, d_e=6), "q"),
-    ("widest_margin", dict(E=np.eye(2, 200)), "E"),
+    ("widest_margin", dict(E=np.eye(40, 400), q=1), "small"),
 ]
 
 
@@ -2288,15 +1737,13 @@ def test_bad_case(name, bad, word):
 @parametrize("name, bad, message", [
     ("all_subsets", dict(T=4, q=9), "q must be at most T, T = 4; got 9"),
     ("escape_time", dict(T=4), "q must be below T/2, T = 4; got 2"),
-    ("softmax", dict(scores=[1.0, NAN]), "scores must be finite; got nan"),
     ("fcn", dict(b1=np.ones(4)), "b1 must be of shape (m,) with m = 3 as in W1; got (4,)"),
     ("sum_query", dict(E=np.ones(5)), "E must be of shape (d_e, T) or (B, d_e, T); got (5,)"),
     ("escape_time", dict(d=2.5), "d must be an integer >= 1, below 2^63; got 2.5"),
     ("escape_time", dict(eta=0), "eta must be one finite number > 0; got 0"),
-    ("overlap_variance", dict(query="x"), "query must be one of dual, sum; got 'x'"),
-    ("largest_stable_eta", dict(full=1), "full must be True or False; got 1"),
     ("one_hot_loss_and_grads", dict(alpha=[1, 2], omega=[1, 2, 3]),
-     "alpha, omega must be of shapes that broadcast; got {'alpha': (2,), 'omega': (3,)}"),
+     "alpha, omega must be of shapes that broadcast, to at most 2^30 numbers; "
+     "got {'alpha': (2,), 'omega': (3,)}"),
     ("one_hot_encoding", dict(T=2**16),
      "T must be so small that arrays have at most 2^30 numbers; got {'T': 65536}"),
 ])
@@ -2313,23 +1760,16 @@ def test_long_values_are_cut():
 
 @parametrize("name, sizes", [
     ("transformer", dict(V=1e200, Z=1e200)),
-    ("fcn", dict(W1=1e200, inputs=1e200)),
-    ("fcn", dict(W1=1e200, A=1e200)),
     ("fcn", dict(W1=-1e200, inputs=1e200)),
     ("fcn_loss_and_grads", dict(W1=-1e200, inputs=1e200)),
     ("sts", dict(X=1.7e308)),
-    ("sum_query", dict(E=1.7e308)),
     ("dual_query", dict(E=1e-310)),
     ("population_loss_and_grads", dict(V=1e200)),
     ("one_hot_loss_and_grads", dict(alpha=1e200)),
-    ("stochastic_loss_and_grads", dict(alpha=1e160)),
-    ("overlap_loss", dict(c=1e308)),
-    ("length_loss", dict(alpha=1e200)),
+    ("attention_lines", dict(target=1e200)),
     ("one_hot_loss_at", dict(t=1e300, eta=1e300)),
     ("escape_time", dict(eta=5e-324)),
     ("best_fcn", dict(K=1e308)),
-    ("fixed_set_loss_at", dict(W_star=1e160)),
-    ("online_excess", dict(eta=1.7e308)),
 ])
 def test_overflow(name, sizes):
     """Finite arguments, all entries of these sizes, with a result beyond float64: no warning."""
@@ -2338,59 +1778,32 @@ def test_overflow(name, sizes):
         flat_call(name, **huge)
 
 
-@parametrize("name, factors", [
-    ("attention_loss_and_grads", dict(V=0.0, target=1e155)),
-    ("attention_loss_and_grads", dict(V=0.0, W=0.0, Z=1e200, target=1e150)),
-    ("attention_loss_and_grads", dict(V=1e-150, W=0.0, Z=1e150, z_query=1e200)),
-    ("stochastic_loss_and_grads", dict(alpha=1e155, overlaps=0.0)),
-    ("stochastic_loss_and_grads", dict(alpha=1e9, c=0.0, overlaps=1e300)),
-    ("fcn_loss_and_grads", dict(target=1e155)),
-    ("fcn_loss_and_grads", dict(W1=1e-300, b1=0.0, inputs=1e200, A=1e107)),
-])
-def test_overflow_of_one_result(name, factors, monkeypatch):
-    """Every result is looked at: the loss, the first or the last gradient."""
-    huge = {key: factor * good(name)[key] for key, factor in factors.items()}
+@parametrize("place", range(3))
+def test_overflow_of_one_result(place):
+    """Every one is looked at."""
+    @ag.checked(x="number")
+    def three(x):
+        results = [x, np.full(2, x), np.full((2, 2), x)]
+        results[place] = results[place] * 1e200
+        return tuple(results)
+
     with pytest.raises(OverflowError):
-        flat_call(name, **huge)
-
-    monkeypatch.setattr(ag, "finite", lambda value: True)
-    results = flat_call(name, **huge)
-    assert sum(not np.isfinite(result).all() for result in results) == 1
-
-
-def sharp_calls():
-    """Calls in which exponentials underflow and differences overflow."""
-    assert ag.softmax([0.0, -1000.0]).tolist() == [1.0, 0.0]
-    ag.one_hot_loss_and_grads(1.0, 800.0, 4, 2, 3)
-    lib.overlap_loss(900.0, [[1.0, 0.0, 0.0]], 1, 2)
-    lib.stochastic_loss(900.0, 9, 2, 3, 0.0)
+        three(1e200)
 
 
 @parametrize("mode", ["raise", "warn", "print"])
 def test_error_state(mode):
-    """No call raises or warns under np.seterr, or changes it, a refused one neither."""
+    """Where exponentials underflow and differences overflow, no call raises or warns under
+    np.seterr, or changes it, a refused one neither."""
     with np.errstate(all=mode):
-        sharp_calls()
+        assert ag.softmax([0.0, -1000.0]).tolist() == [1.0, 0.0]
+        ag.one_hot_loss_and_grads(1.0, 800.0, 4, 2, 3)
+        lib.overlap_loss(900.0, [[1.0, 0.0, 0.0]], 1, 2)
         lib.stochastic_trajectory(1e3, 9, 2, 3, 10**6, 1.0)
         refusal("softmax", scores="text")
         with pytest.raises(OverflowError):
             flat_call("one_hot_loss_and_grads", alpha=1e200)
         assert set(np.geterr().values()) == {mode}
-
-
-def test_error_states_of_threads():
-    """Each of two threads at work keeps its own."""
-    together = threading.Barrier(2, timeout=30)
-
-    def work(mode):
-        np.seterr(all=mode)
-        together.wait()
-        for _ in range(100):
-            sharp_calls()
-        return set(np.geterr().values())
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(work, ("raise", "warn"))) == [{"raise"}, {"warn"}]
 
 
 @ag.checked(x="number")
@@ -2458,35 +1871,305 @@ def same_bits(got, want):
 
 
 @EVERY
-def test_wrapped(name):
-    """`__wrapped__` gives the same bits."""
-    same_bits(flat(PUBLIC[name].__wrapped__(**good(name))), flat_call(name))
-
-
-@EVERY
 def test_copies(name):
-    """So does the source without its decorator, beside what it names."""
+    """`__wrapped__` gives the same bits, and so does the source without its decorator, beside
+    what it names."""
+    want = flat_call(name)
+    same_bits(flat(PUBLIC[name].__wrapped__(**good(name))), want)
+
     imports = re.findall(r"^import .*", inspect.getsource(ag) + inspect.getsource(lib), re.M)
     lines = [line for word in copied(name) for line in source(word)]
     alone = {}
     exec("\n".join(imports + lines), alone)
-    same_bits(flat(alone[name](**good(name))), flat_call(name))
+    same_bits(flat(alone[name](**good(name))), want)
 
 
-@parametrize("name", [name for name in PUBLIC if name in vars(ag)])
-def test_copies_are_short(name):
-    """A gradient needs at most two functions beside softmax."""
-    assert len({*copied(name)} - {name, "softmax"}) <= 2
+# ---- the trace: the code's lines and the reader's own ----
+
+ANEW = {}
+ANEW["attention"] = """
+import numpy as np
+
+def attention_lines(V, W, Z, z_query, target):
+    lines = {"s": [], "a": [], "f": [], "r": [], "g": [], "a_g": [], "grad_s": []}
+    loss, grad_V, grad_W = 0.0, 0 * V, 0 * W
+    for Z_b, z, y in zip(Z, z_query, target):
+        s = Z_b.T @ (W @ z)
+        a = np.exp(s) / np.exp(s).sum()
+        f = V @ (Z_b @ a)
+        r = f - y
+        g = Z_b.T @ (V.T @ r)
+        a_g = a @ g
+        grad_s = a * (g - a_g)
+        loss = loss + r @ r / 2
+        grad_V = grad_V + np.outer(r, Z_b @ a)
+        grad_W = grad_W + np.outer(Z_b @ grad_s, z)
+        for name in lines:
+            lines[name].append(vars()[name])
+    return dict(lines, loss=loss, grad_V=grad_V, grad_W=grad_W)
+
+def attention_loss_and_grads(V, W, Z, z_query, target):
+    lines = attention_lines(V, W, Z, z_query, target)
+    return [lines[name] / len(Z) for name in ("loss", "grad_V", "grad_W")]
+"""
+ANEW["fcn"] = """
+import numpy as np
+
+def fcn_lines(W1, b1, A, b2, inputs, target):
+    lines = {"pre": [], "hidden": [], "f": [], "r": [], "delta": []}
+    loss, grad_W1, grad_b1, grad_A, grad_b2 = 0.0, 0 * W1, 0 * b1, 0 * A, 0 * b2
+    for x, y in zip(inputs, target):
+        pre = W1 @ x + b1
+        hidden = np.maximum(pre, 0)
+        f = A @ hidden + b2
+        r = f - y
+        delta = (A.T @ r) * (pre > 0)
+        loss = loss + r @ r / 2
+        grad_A = grad_A + np.outer(r, hidden)
+        grad_b2 = grad_b2 + r
+        grad_W1 = grad_W1 + np.outer(delta, x)
+        grad_b1 = grad_b1 + delta
+        for name in lines:
+            lines[name].append(vars()[name])
+    return dict(lines, loss=loss, grad_W1=grad_W1, grad_b1=grad_b1, grad_A=grad_A, grad_b2=grad_b2)
+
+def fcn_loss_and_grads(W1, b1, A, b2, inputs, target):
+    lines = fcn_lines(W1, b1, A, b2, inputs, target)
+    names = "loss", "grad_W1", "grad_b1", "grad_A", "grad_b2"
+    return tuple(lines[name] / len(inputs) for name in names)
+"""
+POPULATION_ANEW = """
+import numpy as np
+
+def softmax(s):
+    return np.exp(s) / np.exp(s).sum(axis=1, keepdims=True)
+
+def population_loss_and_grads(V, W, E, e_query, selected):
+    (B, T), d, q = selected.shape, len(V), selected[0].sum()
+    E = np.broadcast_to(E, (B, len(W), T))
+    a = softmax(np.einsum("bit,ij,bj->bt", E, W, e_query))
+    p, N = (a * selected).sum() / B, (a * a).sum() / B
+    loss = ((V * V).sum() * N - 2 * np.trace(V) * p / q + d / q) / 2
+    g = (V * V).sum() * a - np.trace(V) / q * selected
+    grad_s = a * (g - (a * g).sum(axis=1, keepdims=True))
+    grad_W = np.einsum("bit,bt,bj->ij", E, grad_s, e_query) / B
+    return loss, V * N - p / q * np.eye(d), grad_W
+"""
+ANEW["one-hot"] = POPULATION_ANEW + """
+def one_hot_loss_and_grads(alpha, omega, T, q, d):
+    p = q * np.exp(omega) / (q * np.exp(omega) + T - q)
+    off = (1 - p) / (T - q)
+    loss = d * ((1 - alpha * p)**2 / q + alpha**2 * (1 - p) * off) / 2
+    Delta = d * alpha * ((1 - alpha * p) / q + alpha * off)
+    return loss, alpha * (p * p / q + (1 - p) * off) - p / q, -p * (1 - p) * Delta / (T - 1)
+"""
+ANEW["stochastic"] = POPULATION_ANEW + """
+def stochastic_loss_and_grads(alpha, c, overlaps, q, d, d_e):
+    B, T = overlaps.shape
+    a, s_y = softmax(c * overlaps), 1.0 * (np.arange(T) < q)
+    loss = d * ((alpha * a - s_y / q)**2).sum() / (2 * B)
+    g = d * alpha * (alpha * a - s_y / q)
+    grad_s = a * (g - (a * g).sum(axis=1)[:, None])
+    return loss, (alpha * a * a - a * s_y / q).sum() / B, (overlaps * grad_s).sum() / (B * d_e)
+"""
+WRONG_POPULATION = {  # a line of the right file, and what a reader may write instead
+    "W, e_query))": ["W.T, e_query))", "W, e_query[::-1]))"],
+    "* N - 2": ["* N + 2", "* N - 1"],
+    "+ d / q) / 2": ["+ T / q) / 2", "+ len(W) / q) / 2"],
+    "V * N": ["V.T * N"],
+    "p / q * np.eye": ["p / d * np.eye", "p / T * np.eye"],
+    "- np.trace(V) / q *": ["- np.trace(V) / d *"],
+    "(g - (a * g).sum(axis=1, keepdims=True))": ["g"],
+    "grad_s, e_query) / B": ["grad_s, e_query) / T", "grad_s[::-1], e_query) / B"],
+    "bj->ij": ["bj->ji"],
+}
+WRONG = {
+    "attention": {
+        "s = Z_b.T @ (W @ z)": ["s = Z_b.T @ (W.T @ z)"],
+        "np.exp(s) / np.exp(s).sum()": ["1 / len(s) + 0 * s"],
+        "r @ r / 2": ["r @ r"],
+        "np.outer(r, Z_b @ a)": ["np.outer(f, Z_b @ a)"],
+        "Z_b.T @ (V.T @ r)": ["Z_b.T @ (V.T @ f)"],
+        "a * (g - a_g)": ["a * g"],
+        "np.outer(Z_b @ grad_s, z)": ["np.outer(z, Z_b @ grad_s)", "np.outer(Z_b @ g, z)"],
+        "z_query, target):\n        s": ["z_query[::-1], target):\n        s"],
+        "target):\n        s": ["target[::-1]):\n        s"],
+        "V @ (Z_b": ["V @ (Z.mean(axis=0)"],
+        "/ len(Z)": ["/ Z.shape[1]", "/ Z.shape[2]", "/ 1"],
+    },
+    "fcn": {
+        "W1 @ x + b1": ["W1 @ x"],
+        "np.maximum(pre, 0)": ["abs(pre)"],
+        "A @ hidden + b2": ["A @ hidden"],
+        "(A.T @ r) * (pre > 0)": ["A.T @ r", "(A.T @ r) * pre"],
+        "r @ r / 2": ["r @ r"],
+        "np.outer(r, hidden)": ["np.outer(r, pre)"],
+        "zip(inputs, target)": ["zip(inputs, target[::-1])"],
+        "/ len(inputs)": ["/ len(W1)", "/ len(A)"],
+    },
+    "one-hot": WRONG_POPULATION | {
+        "loss = d *": ["loss = q *", "loss = T *"],
+        "(T - q)\n    loss": ["(T - 1)\n    loss", "(T - d)\n    loss"],
+        "q * np.exp(omega) / (": ["d * np.exp(omega) / ("],
+        "Delta = d": ["Delta = q"],
+        "Delta / (T - 1)": ["Delta / T", "Delta / (T - q)"],
+    },
+    "stochastic": {
+        "+ d / q) / 2": ["+ T / q) / 2", "+ len(W) / q) / 2"],
+        "bj->ij": ["bj->ji"],
+        "loss = d *": ["loss = d_e *", "loss = q *", "loss = T *"],
+        "g = d *": ["g = d_e *", "g = q *", "g = T *"],
+        "(B * d_e)": ["(B * d)", "(B * q)", "(B * T)"],
+        "< q)": ["< d_e)", "< d)"],
+        "(2 * B)": ["B"],
+        "(g - (a * g).sum(axis=1)[:, None])": ["g"],
+    },
+}
+
+
+@pytest.fixture
+def mine(tmp_path, capsys):
+    """Runs the trace of a model with a text as the reader's file."""
+    def run(model, text, options="1"):
+        file = tmp_path / "homework.py"
+        file.write_text(text)
+        return trace(capsys, f"{options} --model {model} --mine {file}")
+    return run
+
+
+FUNCTIONS = [(model, name) for model in run_all.TRACES for name in run_all.TRACES[model][2]]
+
+
+@parametrize("model, function", FUNCTIONS)
+def test_trace_sees_each_line_of_the_code(model, function, monkeypatch, capsys):
+    right = getattr(run_all, function)
+
+    @functools.wraps(right)
+    def mutant(*arguments):
+        result = right(*arguments)
+        if isinstance(result, dict):
+            return result | {turned: -result[turned]}
+        return tuple(-value if k == turned else value for k, value in enumerate(result))
+
+    monkeypatch.setattr(run_all, function, mutant)
+    lines = run_all.ATTENTION if model == "attention" else run_all.NETWORK
+    for turned in lines if function.endswith("_lines") else range(3):
+        status, output, _ = trace(capsys, f"1 --model {model}")
+        assert status == 1 and marked(output), turned
+
+
+def test_trace_needs_every_token(monkeypatch, capsys):
+    signs = run_all.all_signs
+    monkeypatch.setattr(run_all, "all_signs", lambda d, T: signs(d, T)[1:])
+    status, output, _ = trace(capsys, "1")
+    assert status == 1 and {line[:4] for line in marked(output)} == {"(A9)"}
+
+
+@parametrize("model", run_all.TRACES)
+def test_trace_that_diverges(model, capsys):
+    status, _, errors = trace(capsys, f"900 --model {model} --T 3 --eta 1e9")
+    assert status == 1 and len(errors) == 1 and "diverged" in errors[0]
+
+
+@parametrize("name", ["grad_W", "a", "loss", "Z", "V"])
+def test_trace_in_full(name, mine):
+    """Every entry of each line and input stands there as NumPy prints it."""
+    text, _, _ = ANEW["attention"].partition("def attention_loss_and_grads")
+    name = "lines['a']" if name == "a" else name
+    show = f"    print('<', np.array({name}), '>', sep='\\n')\n"
+    text = text.replace("    return", f"{show}    return")
+    for options, copies in ("1", 1), ("1 --full", 2):
+        status, output, _ = mine("attention", text, options)
+        whole = "\n".join(output)
+        entries = whole.partition("<")[2].partition(">")[0]
+        assert status == 0 and whole.count(entries) == copies
+        assert max(map(len, output)) <= 88
+
+
+@parametrize("model", run_all.TRACES)
+def test_mine(model, mine):
+    status, output, errors = mine(model, ANEW[model], "2")
+    assert (status, errors, marked(output)) == (0, [], [])
+    assert not re.search("not given|  code ", "\n".join(output)) and "yours" in "\n".join(output)
+
+
+@parametrize("model, old, new", [
+    (model, old, new) for model in WRONG for old in WRONG[model] for new in WRONG[model][old]])
+def test_mine_wrong(model, old, new, mine):
+    """One default step sees a sign, a factor, a transpose, a letter, another sample."""
+    assert ANEW[model].count(old) == 1
+    status, output, errors = mine(model, ANEW[model].replace(old, new))
+    assert status == 1 and marked(output) and errors == []
+    assert max(map(len, output)) <= 88
+
+
+def test_mine_to_the_last_digits(mine):
+    text = ANEW["attention"].replace("a * (g - a_g)", "a * (g - a_g) * (1 + 1e-10)")
+    assert mine("attention", text)[0] == 1
+
+
+def test_mine_one_function(mine):
+    """What the file does not define is not shown; lines that it lacks are listed."""
+    text = "def attention_lines(V, W, Z, z_query, target):\n    return {'s': "
+    text += "(Z * (W @ z_query.T).T[:, :, None]).sum(axis=1)}"
+    status, output, _ = mine("attention", text)
+    assert status == 0 and output[-1].startswith("1 lines compared")
+    assert sum(line.endswith(": not given") for line in output) == 9
+    assert mine("attention", "def attention_lines(*given):\n    return {}")[0] == 1
+
+
+def test_mine_leaves_descent_alone(mine):
+    """Wrong means, and inputs overwritten: the lines of each sample stay right."""
+    right = ANEW["attention"]
+    wrong = right.replace("lines[name] / len(Z)", "lines[name]")
+    assert len(marked(mine("attention", wrong, "3")[1])) == 9
+    overwrites = right.replace("    return dict(lines", "    V *= 0\n    return dict(lines")
+    assert mine("attention", overwrites, "3")[0] == 0
+
+
+@parametrize("value", ["None", "'text'", "lines['g'][:1]", "[[1], [1, 2]]", "np.nan * Z[:, 0]",
+                       "1j * Z[:, 0]", "{}"])
+def test_mine_no_numbers(value, mine):
+    text = ANEW["attention"].replace("dict(lines,", f"dict(lines | dict(g={value}),")
+    status, output, errors = mine("attention", text)
+    assert status == 1 and errors == [] and len(marked(output)) == 1
+    assert marked(output)[0].startswith("attention_lines, g: ")
+
+
+@parametrize("body", [
+    "return 1 / 0",
+    "return 1, 2",
+    "return V.T @ W",
+    "raise SystemExit",
+    "raise ValueError('line\\n' * 99)",
+    "return attention_loss_and_grads(V, W, Z, z_query, target)",
+])
+def test_mine_that_fails(body, mine):
+    text = f"def attention_loss_and_grads(V, W, Z, z_query, target):\n    {body}"
+    status, output, errors = mine("attention", text)
+    assert status == 1 and errors == [] and len(marked(output)) == 1
+    assert marked(output)[0].startswith("attention_loss_and_grads: ")
+    assert max(map(len, output)) <= 88
+
+
+@parametrize("text", [
+    "def", "raise SystemExit(0)", "undefined", "import absent", "1 / 0"])
+def test_mine_that_does_not_run(text, mine):
+    status, output, errors = mine("fcn", text)
+    assert (status, errors, len(output)) == (1, [], 1)
+    assert output[0].startswith("homework.py: ")
+
+
+def test_mine_without_a_function(mine, capsys):
+    for status, output, errors in (
+            mine("fcn", ANEW["attention"]), trace(capsys, "1 --mine absent.py")):
+        assert (status, output, len(errors)) == (2, [], 1) and "--mine" in errors[0]
 
 
 # ---- the command line ----
 
-NOT_FINITE = math.nan, math.inf, -math.inf
-
-
 @parametrize("claim, values, wanted, verdict", [
-    (run_all.equals, 1, (1, 0), "1 ok"),
-    (run_all.equals, [1, 1.03, 1.02], (1, 0.02), "1.03 FAIL"),
+    (run_all.equals, [1, 0.97, 1.02], (1, 0.02), "0.97 FAIL"),
     (run_all.equals, [1, 1.04], ([1, 1.02], [0.01, 0.03]), "1.04 ok"),
     (run_all.agrees, [2, 6], ([2, 4], 0.4), "1.5 FAIL"),
     (run_all.at_most, [2, 3], (3,), "3 ok"),
@@ -2501,14 +2184,13 @@ def test_claim_tells_its_worst_value(claim, values, wanted, verdict):
     assert row["predicted"].startswith(("equals ", "at "))
 
 
-@parametrize("bad", NOT_FINITE)
+@parametrize("bad", [math.nan, math.inf, -math.inf])
 @parametrize("claim, wanted", [
     (run_all.equals, (1, 9)), (run_all.at_most, (9,)), (run_all.at_least, (-9,))])
 def test_claim_fails_where_not_finite(claim, wanted, bad):
-    for values in ([bad, 1.0], [1.0, bad, 1.0]):
-        assert claim("X", "Text.", values, *wanted)["verdict"] == "FAIL"
     first, *rest = wanted
-    assert claim("X", "Text.", [1.0, 1.0], [bad, first], *rest)["verdict"] == "FAIL"
+    for values, one in ([1.0, bad, 1.0], first), ([1.0, 1.0], [bad, first]):
+        assert claim("X", "Text.", values, one, *rest)["verdict"] == "FAIL"
 
 
 def start(*arguments, env=None, **options):
@@ -2577,40 +2259,34 @@ def test_default_folder_is_beside_the_file(tmp_path):
 
 
 @parametrize("columns", [80, 0])
-def test_table_on_a_terminal(columns, tmp_path):
-    fcntl, pty, struct, termios = map(
-        pytest.importorskip, ("fcntl", "pty", "struct", "termios"))
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = start(
-        RUN, *QUICK, tmp_path, stdout=theirs, stderr=subprocess.DEVNULL, env={"COLUMNS": ""})
-    os.close(theirs)
-    text = b""
-    with contextlib.suppress(OSError):  # the other end has closed
-        while part := os.read(ours, 4096):
-            text += part
-    assert process.wait(timeout=60) == 0
-    rows = re.split(r"[\r\n]+", text.decode().split("claims hold; figures")[0])
-    assert max(map(len, rows)) == 79 and sum(" ok " in row for row in rows) == 2
+def test_table_on_a_terminal(columns, tmp_path, monkeypatch, capsys):
+    """Rows are cut to its width; some terminals say 0."""
+    size = os.terminal_size((columns, 24))
+    monkeypatch.setattr(run_all.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    claim = run_all.equals("X", 99 * "Text. ", 1, 1, 0) | {"seed": 0}
+    assert run_all.report([claim], None, tmp_path, tmp_path) == 0
+    _, row, _ = capsys.readouterr().out.splitlines()
+    assert len(row) == 79 and " ok " in row
 
 
 def test_seed_is_used_and_told(usual, tmp_path):
+    """In the last column; and no cell is a formula of a spreadsheet."""
     assert run_all.main([*QUICK, str(tmp_path), "--seed", "5"]) == 0
-    rows = list(csv.DictReader(io.StringIO(whole(tmp_path)[0])))
-    before = list(csv.DictReader(io.StringIO(usual[0])))
-    assert [row["seed"] for row in rows] == ["5", "5"] and list(rows[0])[-1] == "seed"
-    assert [row["seed"] for row in before] == ["0", "0"]
-    assert rows[0]["measured"] != before[0]["measured"]
-    assert not re.search(r"^[=+@\t]|,[=+@\t]", whole(tmp_path)[0], re.M)  # no cell is a formula
+    other, _ = whole(tmp_path)
+    table, _ = usual
+    assert re.findall(r",(\w+)$", table, re.M) == ["seed", "0", "0"]
+    assert re.findall(r",(\w+)$", other, re.M) == ["seed", "5", "5"]
+    assert other.replace(",5\n", ",0\n") != table
+    assert not re.search(r"^[=+@\t]|,[=+@\t]", table, re.M)
 
 
 @parametrize("old, new, message", [
-    ("claims=claims_blocks, steps=600", "claims=claims_blocks, nonsense=1",
-     "TypeError: .*nonsense.*"),
+    ("claims=claims_blocks, ", "claims=claims_blocks, nonsense=1, ", "TypeError: .*nonsense.*"),
     ("    V_truth, W_truth = in_full", "    os.kill(os.getpid(), 9)\n    V_truth = in_full",
      "killed by signal 9; perhaps memory ran out"),
 ])
-def test_a_child_that_fails(old, new, message, tmp_path, capfd):
+def test_a_child_that_fails(old, new, message, tmp_path):
     """One line that names the experiment, status 1, the table so far; no other file is changed."""
     for name in ("analytic_grads.py", "sparse_token_selection.py", "run_all.py"):
         source = (ROOT / name).read_text(encoding="utf-8")
@@ -2699,15 +2375,12 @@ def test_from_standard_input():
 
 @parametrize("options, word", [
     ("--only nothing", "--only"), ("--only learning,", "--only"), ("--seed -1", "--seed"),
-    ("--seed x", "--seed"), ("--seed", "--seed"), ("--trace 0", "--trace"),
-    ("--trace 1e3", "--trace"), (f"--trace {10**30}", "--trace"),
-    ("--nonsense", "--nonsense"), ("--qui", "--qui"),
-    ("learning", "learning"), ("--T 5", "--T"), ("--full", "--full"), ("--mine x.py", "--mine"),
-    ("--trace 1 --mine nowhere.py", "--mine"), ("--trace 1 --start one", "--start"),
-    ("--trace 1 --model x", "--model"), ("--trace 1 --T 0", "--T"), ("--trace 1 --T x", "--T"),
-    ("--trace 1 --q 9", "--q"), ("--trace 1 --d -1", "--d"), ("--trace 1 --eta 0", "--eta"),
-    ("--trace 1 --eta nan", "--eta"), ("--trace 1 --eta inf", "--eta"), ("--trace 1 --m 5", "--m"),
-    ("--trace 1 --model attention --d_e 2", "--d_e"),
+    ("--trace 0", "--trace"), (f"--trace {10**30}", "--trace"),
+    ("--nonsense", "--nonsense"), ("--qui", "--qui"), ("learning", "learning"), ("--T 5", "--T"),
+    ("--full", "--full"), ("--mine x.py", "--mine"), ("--trace 1 --start one", "--start"),
+    ("--trace 1 --T 0", "--T"), ("--trace 1 --q 9", "--q"),
+    ("--trace 1 --d 51", "--d"), ("--trace 1 --eta 0", "--eta"), ("--trace 1 --eta nan", "--eta"),
+    ("--trace 1 --eta inf", "--eta"), ("--trace 1 --m 5", "--m"),
     ("--trace 1 --model stochastic --T 20", "2^60"),
     ("--out run_all.py", "--out"), ("--out run_all.py/below", "--out")])
 def test_bad_options(options, word, capsys, monkeypatch):
@@ -2746,7 +2419,7 @@ def test_gradient_comes_first():
     assert re.findall(r"# \((A\d)\)", "\n".join(first)) == [f"A{k}" for k in range(1, 9)]
 
 
-# ---- docstrings and the README -----------------------------------------------------------------
+# ---- docstrings and the README ----
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
