@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -1309,7 +1310,7 @@ def least_over_dimensions(t, T, q, d, eta):
 
 
 def measure_rate(rng, sizes=((64, 2, 4), (64, 1, 4), (512, 3, 6)), eta=1.0,
-                 times=(1e4, 1e5, 1e6, 1e7, 1e8)):
+                 times=(1e4, 1e5, 1e6, 1e7)):
     """Closed forms: the loss of one-hot, and of stochastic encodings of the best d_e at each t."""
     t = np.array(times)
     found = [[least_over_dimensions(now, *size, eta) for now in times] for size in sizes]
@@ -1792,7 +1793,7 @@ def side_by_side(commands, cores, folder):
                 name = waiting.pop(0)
                 with open(folder / f"{name}.txt", "w") as said:
                     process = subprocess.Popen(
-                        commands[name], env=environment, stdin=subprocess.DEVNULL, stdout=said,
+                        commands[name], env=environment, stdin=subprocess.PIPE, stdout=said,
                         stderr=said, start_new_session=True)  # Ctrl-C is for this process alone
                 running[name] = process, time.monotonic()
                 print("running:", ", ".join(running), flush=True)
@@ -1804,7 +1805,6 @@ def side_by_side(commands, cores, folder):
     finally:
         for process, _ in running.values():
             process.terminate()
-        for process, _ in running.values():
             process.wait()
 
 
@@ -1876,12 +1876,11 @@ def available_cores():
 def parse(argv):
     """The parser and the options; a bad one ends in one line and exit status 2."""
     parser = argparse.ArgumentParser(
-        prog="run_all.py", allow_abbrev=False, add_help=False,
+        prog="run_all.py", allow_abbrev=False,
         description="Run the experiments, draw the figures, check the claims.",
         epilog=f"experiments: {', '.join(EXPERIMENTS)}")
     parser.error = lambda message: parser.exit(2, f"run_all.py: {' '.join(message.split())}\n")
     add = parser.add_argument
-    add("--help", "-h", action="store_true", help="show this, and stop")
     add("--quick", action="store_true", help="smaller work, the same claims")
     add("--only", metavar="NAME[,NAME]", help="run these experiments alone")
     add("--seed", type=int, default=0, help="of every random number (default 0)")
@@ -1915,12 +1914,10 @@ def parse(argv):
 def main(argv=None):
     """The command line; returns the exit status."""
     parser, options = parse(argv)
-    if options.help:
-        print(parser.format_help())
-        return 0
     if options.trace is not None:
         return main_trace(parser, options)
     if CHILD in os.environ:
+        threading.Thread(target=end_with_parent, daemon=True).start()
         run_experiment(options.names[0], options.seed, options.quick, options.out)
         return 0
 
@@ -1934,6 +1931,12 @@ def main(argv=None):
         parser.error(f"--out must be a folder that can be written; got {out} ({error.strerror})")
     with beside as folder:
         return run(names, options, out, Path(folder))
+
+
+def end_with_parent():
+    """In a child: its input ends when the parent does, in whatever way, and so does the child."""
+    os.read(0, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main_trace(parser, options):
@@ -1976,10 +1979,11 @@ def script():
     try:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")  # an odd path
-        status = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return status
+        try:
+            return main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt as stop:
         print("run_all.py: interrupted", file=sys.stderr)
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
