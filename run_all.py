@@ -823,7 +823,7 @@ def claims_losses(m):
     ]
 
 
-def measure_closed_form(rng, sizes=((64, 8, 2), (64, 2, 4), (64, 2, 2), (64, 4, 8), (256, 4, 8),
+def measure_closed_form(rng, sizes=((64, 8, 2), (64, 2, 4), (64, 4, 8), (256, 4, 8),
                                     (512, 3, 3)), escapes=1.3, last_size=(16, 2, 4), steps=20_000):
     """The recursion (O3, O4) at half of the largest step: over (C3) from t = 3T/eta over the cliff,
     and at one size L 4 eta t/(T - 1) after many steps."""
@@ -1800,12 +1800,13 @@ def side_by_side(commands, cores, folder):
             time.sleep(0.02)
             for name, (process, start) in list(running.items()):
                 if process.poll() is not None:
+                    process.communicate()  # closes its input
                     del running[name]
                     yield name, process.returncode, time.monotonic() - start
     finally:
         for process, _ in running.values():
-            process.terminate()
-            process.wait()
+            with process:  # closes its input, and waits
+                process.terminate()
 
 
 def failure(name, status, folder):
@@ -1813,7 +1814,7 @@ def failure(name, status, folder):
     if status < 0:
         return f"{name}: killed by signal {-status}; perhaps memory ran out"
     said = (folder / f"{name}.txt").read_text(errors="replace").strip()
-    return f"{name}: {(said or str(status)).splitlines()[-1]}"
+    return f"{name}: {(said.splitlines() or [status])[-1]}"
 
 
 def run(names, options, out, folder):
