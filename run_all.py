@@ -1734,7 +1734,7 @@ EXPERIMENTS = {
     "open": [
         part(measure_fixed, draw_fixed, draw_where, sizes=((16, 24, 1), (6, 20, 2)), steps=300),
         part(measure_start, claims=claims_start, T=80, dims=(40, 80)),
-        part(measure_end, claims=claims_end, sizes=((6, 12),), steps=1000),
+        part(measure_end, claims=claims_end, sizes=((6, 12),), steps=2000),
     ],
 }
 
