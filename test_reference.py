@@ -536,6 +536,12 @@ def test_long_run(T, q, d, d_e, share, steps):
     assert run_all.off_the_line(E, q, d, eta, steps) <= 1e-10
 
 
+def test_the_line_is_for_orthonormal_sets():
+    """Else W leaves it with its first step, the second, where V is still on it."""
+    E = lib.random_sign_encoding(default_rng(0), 3, 4)
+    assert run_all.off_the_line(E, 2, 2, 1.0, 2) > 1e-3
+
+
 def best_loss(omega, T, q, d):
     """The loss at the best alpha: |a|^2 |s|^2 - <a, s>^2 as Lagrange's sum of squared minors."""
     on = 1 / (q + (T - q) * np.exp(-omega))
