@@ -2287,6 +2287,20 @@ def test_seed_is_used_and_told(usual, tmp_path):
     assert not re.search(r"^[=+@\t]|,[=+@\t]", table, re.M)
 
 
+def altered(folder, old, new):
+    """run_all.py beside its library in a folder, with one change."""
+    for name in ("analytic_grads.py", "sparse_token_selection.py", "run_all.py"):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        (folder / name).write_text(source.replace(old, new), encoding="utf-8")
+    return folder / "run_all.py"
+
+
+def test_a_claim_that_fails(tmp_path):
+    run = altered(tmp_path, "0.998, source", "1.998, source")
+    status, output, _ = python(run, *QUICK, tmp_path)
+    assert status == 1 and "A-truth        FAIL" in output
+
+
 @parametrize("old, new, message", [
     ("claims=claims_blocks, ", "claims=claims_blocks, nonsense=1, ", "TypeError: .*nonsense.*"),
     ("    V_truth, W_truth = in_full", "    os.kill(os.getpid(), 9)\n    V_truth = in_full",
@@ -2294,14 +2308,10 @@ def test_seed_is_used_and_told(usual, tmp_path):
 ])
 def test_a_child_that_fails(old, new, message, tmp_path):
     """One line that names the experiment, status 1, the table so far; no other file is changed."""
-    for name in ("analytic_grads.py", "sparse_token_selection.py", "run_all.py"):
-        source = (ROOT / name).read_text(encoding="utf-8")
-        (tmp_path / name).write_text(source.replace(old, new), encoding="utf-8")
     out = tmp_path / "out"
     out.mkdir()
     (out / "claims.csv").write_text("old")
-    options = "--quick", "--only", "learning", "--out", out
-    status, output, errors = python(tmp_path / "run_all.py", *options)
+    status, output, errors = python(altered(tmp_path, old, new), *QUICK, out)
     assert status == 1 and re.fullmatch(f"run_all.py: learning: {message}\n", errors), errors
     assert "id  " in output and os.listdir(out) == ["claims.csv"]
     assert (out / "claims.csv").read_text() == "old"
@@ -2341,6 +2351,7 @@ def test_stopped(number, status, wait, times, tmp_path):
     time.sleep(wait)
     for _ in range(times):
         os.killpg(process.pid, getattr(signal, number))
+        time.sleep(0.002)
     _, errors = process.communicate(timeout=5)
     assert (process.returncode, errors) == (status, "run_all.py: interrupted\n")
     assert (tmp_path / "claims.csv").read_text() == "old" and not [*tmp_path.glob(".*")]
